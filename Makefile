@@ -1,0 +1,31 @@
+.DEFAULT_GOAL := help
+.PHONY: help setup demo check test lock clean
+
+BIN := .venv/bin
+
+help:   ## what can be made
+	@grep -hE '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## */  make \1\t/' | expand -t 16
+
+setup:  ## make this machine ready (system packages for FFCV, .venv)
+	@cluster/setup_node.sh
+
+demo: setup  ## train the default recipe to the end
+	@$(BIN)/bdkd train digits
+
+check: setup  ## lint, types and the fast tests, for the daily loop
+	@$(BIN)/ruff format --check --quiet . && $(BIN)/ruff check --quiet .
+	@$(BIN)/mypy
+	@$(BIN)/pytest -q -m "not slow"
+
+test: check  ## everything
+	@$(BIN)/pytest -q -m slow
+
+# The lock names no index, so it works with any mirror; torch and torchvision are a pair that was built together.
+lock:   ## resolve requirements.txt again from pyproject.toml
+	@printf 'torch==2.14.1\ntorchvision==0.29.1\n' | uv pip compile --quiet --universal --generate-hashes \
+		--no-emit-index-url --no-header --extra ffcv --extra dev --constraint - pyproject.toml -o requirements.txt
+	@echo uv | uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header - \
+		-o cluster/uv-requirements.txt
+
+clean:  ## remove .venv and caches; runs stay
+	@rm -rf .venv .bootstrap .mypy_cache .pytest_cache .ruff_cache .hypothesis build ./*.egg-info

@@ -1,0 +1,369 @@
+"""Everything a user may set: one pydantic model per section, units in names; recipes and dotted overrides.
+
+A recipe is a YAML file with the sections of :class:`Recipe`. ``load("digits", ["train.epochs=5"])`` reads the
+shipped recipe of that name (or a YAML file), applies the overrides, each parsed by its key's type, and checks all.
+Every mistake raises :class:`~bdkd_dist.errors.UserError` with one line.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from bdkd_dist.errors import UserError, nearest, unknown
+from bdkd_dist.objectives import OBJECTIVES
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+class Section(BaseModel):
+    """A part of a recipe: unknown keys are refused, values do not change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Augmentation(Section):
+    """Random crop and flip of training images; each draw is a function of (seed, epoch, sample index)."""
+
+    crop: Literal["none", "pad", "resized"] = "pad"
+    """``pad``: zero border of ``pad_px``, then a crop of the image's size; ``resized``: a box of random area and
+    aspect ratio (Inception's), resized; ``none``: the evaluation crop."""
+    pad_px: int = Field(4, ge=0, le=64)
+    min_area: float = Field(0.08, gt=0, le=1)
+    max_aspect: float = Field(4 / 3, ge=1)
+    """Boxes of ``resized`` have an aspect ratio in [1/max_aspect, max_aspect], uniform in its logarithm."""
+    flip: bool = True
+
+
+class Data(Section):
+    """Where images come from and how they reach the networks."""
+
+    dataset: Literal["digits", "cifar10", "cifar100", "files"]
+    """``digits`` ships inside scikit-learn; ``cifar10`` and ``cifar100`` come from ``root`` or by ``download``;
+    ``files`` are the user's own under ``root``."""
+    root: str | None = None
+    """A folder of Parquet shards, or an image folder ``train/<class>/…``."""
+    download: bool = False
+    """Let torchvision fetch CIFAR (needs a network)."""
+    num_classes: int = Field(ge=2)
+    image_px: int = Field(ge=8, le=1024)
+    """Side of the square images that the networks see."""
+    eval_crop: float = Field(1.0, gt=0, le=1)
+    """Side of the centred evaluation crop as a share of the image's shorter side (224/256 = 0.875 is usual)."""
+    max_side_px: int = Field(512, ge=16)
+    """Stored images are not larger than this; smaller JPEGs keep their original bytes."""
+    jpeg_quality: int = Field(90, ge=1, le=100)
+    validation_fraction: float = Field(0.1, gt=0, lt=1)
+    """Share of the training images held out, class by class, where the source has no validation split."""
+    train_limit: int | None = Field(None, ge=1)
+    """Train on only this many images, drawn class by class (validation and test stay whole)."""
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    """Normalisation of pixels scaled to [0, 1], per RGB channel."""
+    augment: Augmentation = Augmentation()
+    loader: Literal["auto", "ffcv", "torch"] = "auto"
+    """``auto``: FFCV where it is installed, otherwise torch's DataLoader. Both give the same batches."""
+    threads: int | None = Field(None, ge=1)
+    """Decoding threads (FFCV) or processes (torch) per worker; by default the worker's share of the cores."""
+    cache: str = "~/.cache/bdkd-dist"
+    """Where prepared data sets are kept and shared by runs."""
+
+    @model_validator(mode="after")
+    def _positive_std(self) -> "Data":
+        if min(self.std) <= 0:
+            raise ValueError("std must be positive in every channel")
+        return self
+
+
+class Models(Section):
+    """The pair, by name: the CIFAR families of :mod:`bdkd_dist.models`, or any torchvision classifier."""
+
+    teacher: str
+    student: str
+
+
+class Optimizer(Section):
+    """SGD with momentum; each network has a parameter group of its own."""
+
+    lr: float = Field(gt=0)
+    momentum: float = Field(0.9, ge=0, lt=1)
+    nesterov: bool = True
+    weight_decay: float = Field(5e-4, ge=0)
+    clip_grad_norm: float | None = Field(None, gt=0)
+    """Largest gradient norm, per network."""
+
+    @model_validator(mode="after")
+    def _nesterov_needs_momentum(self) -> "Optimizer":
+        if self.nesterov and self.momentum == 0:
+            raise ValueError("nesterov needs momentum > 0; set optimizer.nesterov=false")
+        return self
+
+
+class Schedule(Section):
+    """Learning rate over training, a pure function of the step."""
+
+    kind: Literal["cosine", "step"] = "cosine"
+    warmup_epochs: float = Field(0.0, ge=0)
+    milestones: tuple[int, ...] = ()
+    """Epochs at which ``step`` multiplies the rate by ``gamma``."""
+    gamma: float = Field(0.1, gt=0, lt=1)
+
+    @model_validator(mode="after")
+    def _milestones_rise(self) -> "Schedule":
+        if list(self.milestones) != sorted(set(self.milestones)):
+            raise ValueError("milestones must rise")
+        return self
+
+
+class Train(Section):
+    """The loop."""
+
+    epochs: int = Field(ge=1)
+    batch_size: int = Field(ge=2)
+    """Over all workers; it stays what it is when their number changes."""
+    seed: int = Field(0, ge=0, lt=2**63)
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Autocast type of the networks; losses are float32 in any case."""
+    batchnorm: Literal["sync", "local"] = "sync"
+    """``sync``: statistics over the whole batch, so results do not depend on the number of workers."""
+    ema_decay: float | None = Field(None, gt=0, lt=1)
+    """Keep a moving average of the student, evaluated beside it as ``student_ema``."""
+    compile: bool = False
+    """``torch.compile`` both networks and the objective."""
+    evaluate_every_epochs: int = Field(1, ge=1)
+    log_every_steps: int = Field(20, ge=1)
+    checkpoint_every_steps: int | None = Field(None, ge=1)
+    """Checkpoint inside epochs too; the end of an epoch always has one."""
+
+
+class Launch(Section):
+    """Where a run runs."""
+
+    workers: int = Field(1, ge=1)
+    """1 trains in this process; N trains with N DDP workers under Ray Train."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    max_failures: int = Field(3, ge=0)
+    """How often Ray Train starts lost workers again from the last checkpoint."""
+
+
+class Run(Section):
+    """The run folder: ``storage/name``."""
+
+    name: str = Field(min_length=1, pattern=r"^[\w.+-]+$")
+    storage: str = "runs"
+
+
+class Recipe(Section):
+    """A complete run."""
+
+    run: Run
+    data: Data
+    models: Models
+    objective: Any = Field(default_factory=OBJECTIVES["bdkd"])
+    """One of :data:`bdkd_dist.objectives.OBJECTIVES`, chosen by ``objective.name``."""
+    optimizer: Optimizer
+    schedule: Schedule = Schedule()
+    train: Train
+    launch: Launch = Launch()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "Recipe":
+        workers, batch = self.launch.workers, self.train.batch_size
+        if batch % workers:
+            raise ValueError(f"train.batch_size={batch} does not divide among launch.workers={workers}")
+        if self.schedule.kind == "step" and not self.schedule.milestones:
+            raise ValueError("schedule.kind=step needs schedule.milestones, e.g. schedule.milestones=[15,18]")
+        if self.schedule.warmup_epochs >= self.train.epochs:
+            raise ValueError(
+                f"schedule.warmup_epochs={self.schedule.warmup_epochs} leaves none of train.epochs={self.train.epochs}"
+            )
+        return self
+
+    def to_yaml(self) -> str:
+        """Return the recipe as YAML that :func:`load` reads back to an equal recipe."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain sections of numbers, words and lists."""
+        plain = self.model_dump(mode="json", exclude={"objective"})
+        plain["objective"] = dataclasses.asdict(self.objective)
+        return {key: plain[key] for key in type(self).model_fields}
+
+
+# Where and how fast a run runs, not what it computes: these may differ when a run goes on.
+NOT_IDENTITY = ("run.", "launch.", "data.root", "data.download", "data.loader", "data.threads", "data.cache")
+
+
+def differences(one: Recipe, other: Recipe) -> Iterator[tuple[str, Any, Any]]:
+    """Yield (dotted key, value in one, value in other) where two recipes would compute different things."""
+    flat_one, flat_other = flatten(one.to_dict()), flatten(other.to_dict())
+    for key in sorted(flat_one.keys() | flat_other.keys()):
+        if not key.startswith(NOT_IDENTITY) and flat_one.get(key) != flat_other.get(key):
+            yield key, flat_one.get(key), flat_other.get(key)
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested sections as one level of dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def recipe_names() -> list[str]:
+    """Return the names of the shipped recipes."""
+    return sorted(path.stem for path in RECIPES.glob("[!_]*.yaml"))
+
+
+def load(recipe: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe and apply dotted overrides.
+
+    Args:
+        recipe: The name of a shipped recipe, or the path of a YAML file.
+        overrides: ``section.key=value`` each. Setting ``objective.name`` to another objective drops the recipe's
+            parameters of the former one.
+
+    Raises:
+        UserError: An unknown recipe or key, or a value that is not allowed.
+    """
+    return _override(_read(recipe), overrides)
+
+
+def override(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
+    """Return a recipe with dotted overrides applied, as :func:`load` applies them."""
+    return _override(recipe.to_dict(), overrides)
+
+
+def _override(tree: dict[str, Any], overrides: Sequence[str]) -> Recipe:
+    pairs = [_split(override) for override in overrides]
+    objective = tree.get("objective")
+    chosen = next((value for key, value in reversed(pairs) if key == "objective.name"), None)
+    if chosen is not None and isinstance(objective, dict) and objective.get("name", "bdkd") != chosen:
+        tree["objective"] = {}
+    for key, value in pairs:
+        _set(tree, key, value)
+    return from_dict(tree)
+
+
+def from_dict(tree: dict[str, Any]) -> Recipe:
+    """Check nested sections and return the recipe; raises UserError."""
+    tree = dict(tree)
+    objective = tree.pop("objective", {"name": "bdkd"})
+    try:
+        parsed = _objective(objective)
+        return Recipe.model_validate({**tree, "objective": parsed})
+    except ValidationError as error:
+        raise UserError(_one_line(error)) from None
+
+
+def _objective(section: Any) -> Any:
+    if not isinstance(section, dict):
+        raise UserError(f"objective must be a section with a name, not {section!r}")
+    name = section.get("name", "bdkd")
+    if name not in OBJECTIVES:
+        raise unknown("objective.name", str(name), OBJECTIVES)
+    from pydantic import TypeAdapter
+
+    try:
+        return TypeAdapter(OBJECTIVES[name]).validate_python({**section, "name": name})
+    except ValidationError as error:
+        raise UserError(_one_line(error, prefix="objective.")) from None
+
+
+def _read(recipe: str) -> dict[str, Any]:
+    shipped = RECIPES / f"{recipe}.yaml"
+    path = shipped if shipped.is_file() else Path(recipe)
+    if not path.is_file():
+        if path.suffix in (".yaml", ".yml") or "/" in recipe:
+            raise UserError(f"recipe file {recipe} does not exist")
+        raise unknown("recipe", recipe, recipe_names())
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} holds no sections (allowed: {', '.join(Recipe.model_fields)})")
+    if isinstance(run := tree.setdefault("run", {}), dict):
+        run.setdefault("name", path.stem)
+    base = tree.pop("base", None)
+    return tree if base is None else _merged(_read(str(base)), tree)
+
+
+def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Return ``below`` with the keys of ``above`` put over it, section by section."""
+    merged = dict(below)
+    for key, value in above.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merged(merged[key], value) if both else value
+    return merged
+
+
+def _split(override: str) -> tuple[str, Any]:
+    key, equals, text = override.partition("=")
+    if not equals:
+        raise UserError(f"'{override}' is not key=value, e.g. train.epochs=5")
+    if text.lower() in ("null", "none"):
+        return key, None
+    if text[:1] in ("[", "{"):
+        try:
+            return key, yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise UserError(f"{key}: '{text}' is not a list, e.g. [150,180]") from None
+    return key, text  # pydantic reads the text by the key's type
+
+
+def _set(tree: dict[str, Any], key: str, value: Any) -> None:
+    *sections, last = key.split(".")
+    if not sections:
+        raise unknown("recipe key", key, _keys())
+    for section in sections:
+        child = tree.setdefault(section, {})
+        if not isinstance(child, dict):
+            raise unknown("recipe key", key, _keys())
+        tree = child
+    tree[last] = value
+
+
+def _keys() -> list[str]:
+    """Every dotted key that a recipe may hold."""
+
+    def walk(model: type[BaseModel], prefix: str) -> Iterator[str]:
+        for name, field in model.model_fields.items():
+            inner = field.annotation
+            if isinstance(inner, type) and issubclass(inner, BaseModel):
+                yield from walk(inner, f"{prefix}{name}.")
+            elif name != "objective":
+                yield f"{prefix}{name}"
+
+    parameters = {name for objective in OBJECTIVES.values() for name in _parameters(objective)}
+    return [*walk(Recipe, ""), *(f"objective.{name}" for name in sorted(parameters))]
+
+
+def _parameters(objective: Any) -> list[str]:
+    return [field.name for field in dataclasses.fields(objective)]
+
+
+def _one_line(error: ValidationError, prefix: str = "") -> str:
+    """Return the first complaint of pydantic as: key, value, what is allowed, nearest right spelling."""
+    first, *rest = error.errors()
+    key = prefix + ".".join(str(part) for part in first["loc"])
+    more = f" (and {len(rest)} more)" if rest else ""
+    message = first["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
+    if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        section = key.rpartition(".")[0]
+        siblings = [k for k in _keys() if k.rpartition(".")[0] == section] if section else []
+        if prefix and (objective := OBJECTIVES.get(error.title.lower())):
+            siblings = [f"objective.{name}" for name in _parameters(objective)]
+        hint = nearest(key, siblings) or nearest(key, _keys())
+        allowed = ", ".join(k.rpartition(".")[2] for k in siblings) or ", ".join(Recipe.model_fields)
+        return f"unknown recipe key '{key}'{hint} (allowed: {allowed}){more}"
+    if first["type"] == "missing":
+        return f"the recipe does not set {key}{more}"
+    if first["type"] == "value_error":
+        return (f"{key}: " if key else "") + message + more
+    value = first["input"]
+    shown = f"={value}" if isinstance(value, str | int | float | bool | list | tuple) or value is None else ""
+    return f"{key}{shown}: {message[0].lower()}{message[1:]}{more}"

@@ -1,0 +1,1 @@
+"""Sources to betons to batches: preparation, order, augmentation and the two loaders."""

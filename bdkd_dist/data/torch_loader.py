@@ -1,0 +1,133 @@
+"""The loader that needs nothing but torch and Pillow: torch's DataLoader over the same betons."""
+
+import multiprocessing
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from bdkd_dist.data.augment import Placements, Transform
+from bdkd_dist.data.beton import Beton
+from bdkd_dist.data.kernels import Pixels, render
+from bdkd_dist.data.loader import Batch, DataError, Loader, check_sizes
+from bdkd_dist.data.order import Indices
+
+Task = tuple[int, Indices]
+"""Epoch, sample indices."""
+
+
+def render_sample(beton: Beton, index: int, placement: np.ndarray, out: Pixels) -> None:
+    """Decode one sample with Pillow and place it in ``out``, (px, px, 3).
+
+    Raises:
+        DataError: The sample cannot be decoded, or has not the size that the file declares.
+    """
+    try:
+        pixels = beton.pixels(index)
+    except Exception as error:
+        raise DataError(f"{beton.path}: sample {index} cannot be decoded ({error})") from error
+    declared = (beton.heights[index], beton.widths[index], 3)
+    if pixels.shape != declared:
+        raise DataError(f"{beton.path}: sample {index} has shape {pixels.shape}, {declared} was declared")
+    render(pixels, placement, out)
+
+
+def placements_of(beton: Beton, transform: Transform, epoch: int, indices: Indices) -> Placements:
+    """Return the placements of some samples of a beton."""
+    return transform.placements(epoch, indices, beton.heights[indices], beton.widths[indices])
+
+
+class _Batches(Dataset[Batch | DataError]):
+    """Maps a task to its batch; an error is returned, as the DataLoader would bury a raised one in traces."""
+
+    def __init__(self, beton: Beton, transform: Transform) -> None:
+        self.beton, self.transform = beton, transform
+
+    def __getitem__(self, task: Task) -> Batch | DataError:
+        try:
+            return self._load(*task)
+        except DataError as error:
+            return error
+        except Exception as error:
+            return DataError(f"{self.beton.path}: loading samples {task[1].tolist()} failed: {error!r}")
+
+    def _load(self, epoch: int, indices: Indices) -> Batch:
+        px = self.transform.image_px
+        images = torch.empty((len(indices), px, px, 3), dtype=torch.uint8)
+        placements = placements_of(self.beton, self.transform, epoch, indices)
+        for index, placement, out in zip(indices, placements, images.numpy(), strict=True):
+            render_sample(self.beton, int(index), placement, out)
+        labels = torch.from_numpy(self.beton.labels[indices])
+        return Batch(images, labels, torch.from_numpy(indices.copy()))
+
+
+class _Tasks(Sampler[Task]):
+    """The tasks of the iteration that begins next."""
+
+    def __init__(self) -> None:
+        self.tasks: list[Task] = []
+
+    def __iter__(self) -> Iterator[Task]:
+        return iter(self.tasks)
+
+    def __len__(self) -> int:
+        return len(self.tasks)
+
+
+class TorchLoader(Loader):
+    """Reads with worker processes, or in this process where one is enough; see :func:`~.loader.open_loader`."""
+
+    def __init__(self, beton: Path, transform: Transform, threads: int) -> None:
+        self._batches = _Batches(Beton(beton), transform)
+        self._tasks = _Tasks()
+        self._processes = threads if threads > 1 else 0
+        self._loader: DataLoader[Any] | None = None
+
+    def batches(self, epoch: int, index_batches: Sequence[Indices]) -> Iterator[Batch]:
+        """See :meth:`Loader.batches`."""
+        check_sizes(index_batches)
+        self._tasks.tasks = [(epoch, indices) for indices in index_batches]
+        if not self._tasks.tasks:
+            return
+        if self._loader is None:
+            self._loader = self._start()
+        try:
+            for loaded in self._loader:
+                if isinstance(loaded, DataError):
+                    raise loaded
+                yield Batch(*loaded)
+        except DataError:
+            raise
+        except RuntimeError as error:  # the DataLoader's word for a process that was killed
+            self.close()
+            raise DataError(f"{self._batches.beton.path}: loading failed: {error}") from error
+
+    def close(self) -> None:
+        """See :meth:`Loader.close`."""
+        self._loader = None  # the DataLoader ends its processes when it is collected
+
+    def _start(self) -> DataLoader[Any]:
+        # A training process has threads (OpenMP's, Ray's, TensorBoard's), and a fork may copy a lock that one of
+        # them holds. So workers are forked from a clean server process, which imports torch once.
+        context = None
+        if self._processes:
+            context = multiprocessing.get_context("forkserver")
+            context.set_forkserver_preload([__name__])
+        return DataLoader(
+            self._batches,
+            sampler=self._tasks,
+            batch_size=None,  # a task is a whole batch
+            collate_fn=_as_it_is,
+            num_workers=self._processes,
+            persistent_workers=self._processes > 0,
+            multiprocessing_context=context,
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),  # else each iteration would draw from the generator of the training process
+        )
+
+
+def _as_it_is(loaded: Any) -> Any:
+    return loaded

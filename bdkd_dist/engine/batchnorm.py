@@ -1,0 +1,61 @@
+"""Batch normalisation over the whole batch of all ranks.
+
+torch's ``SyncBatchNorm`` runs on accelerators only; on the CPU :class:`CrossRankBatchNorm2d` does the same, so that a
+run gives the same result however many workers share its batch.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """All-reduce whose gradient is all-reduced too: each rank's loss depends on every rank's input."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        values = values.clone()
+        dist.all_reduce(values)
+        return values
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        grad = grads[0].contiguous().clone()
+        dist.all_reduce(grad)
+        return grad
+
+
+class CrossRankBatchNorm2d(nn.BatchNorm2d):
+    """``nn.BatchNorm2d`` with statistics over all ranks' images; each rank must hold as many as the others."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise (B, C, H, W) per channel."""
+        if not self.training or not dist.is_initialized() or dist.get_world_size() == 1:
+            return super().forward(x)
+        wide = x.float()
+        # Both moments travel in one message; the mean over ranks of equal parts is the mean over the whole batch.
+        moments = torch.stack((wide.mean((0, 2, 3)), wide.square().mean((0, 2, 3))))
+        mean, square = _SumOverRanks.apply(moments) / dist.get_world_size()
+        variance = (square - mean.square()).clamp_min(0)
+        if self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None:
+            with torch.no_grad():
+                self.num_batches_tracked.add_(1)
+                rate = self.momentum if self.momentum is not None else 1 / float(self.num_batches_tracked)
+                count = x.numel() / x.shape[1] * dist.get_world_size()
+                self.running_mean.lerp_(mean.detach(), rate)
+                self.running_var.lerp_(variance.detach() * (count / (count - 1)), rate)
+        scale = self.weight * torch.rsqrt(variance + self.eps)
+        shift = self.bias - mean * scale
+        return (wide * scale[:, None, None] + shift[:, None, None]).to(x.dtype)
+
+
+def synchronise(module: nn.Module, device: torch.device) -> nn.Module:
+    """Return the module with every batch norm taking its statistics over all ranks; names and state stay."""
+    if device.type != "cpu":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(module)
+    for child in module.modules():
+        if type(child) is nn.BatchNorm2d:
+            child.__class__ = CrossRankBatchNorm2d  # same parameters and buffers, another forward
+    return module

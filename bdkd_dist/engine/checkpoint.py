@@ -1,0 +1,60 @@
+"""Checkpoints: the whole run in one file, written beside and renamed, loaded with ``weights_only=True`` alone."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bdkd_dist.errors import UserError, first_line
+
+FORMAT = 1
+KEPT = 2
+"""A fault while the newest is written or read leaves the one before."""
+
+
+class Checkpoints:
+    """The folder of a run's checkpoints, ``step-00001234.pt`` each."""
+
+    def __init__(self, folder: Path, warn: Callable[[str], None] = print):
+        self.folder = folder
+        self.warn = warn
+
+    def paths(self) -> list[Path]:
+        """Return the checkpoints, oldest first."""
+        return sorted(self.folder.glob("step-*.pt"))
+
+    def save(self, step: int, state: dict[str, Any]) -> Path:
+        """Write the state of ``step`` so that it is whole or absent, and drop all but the newest ones."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"step-{step:08d}.pt"
+        partial = path.with_suffix(".partial")
+        with partial.open("wb") as file:
+            torch.save({"format": FORMAT, "step": step, **state}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+        for old in self.paths()[:-KEPT]:
+            old.unlink()
+        return path
+
+    def load_newest(self) -> dict[str, Any] | None:
+        """Return the newest readable state, None where there is none yet; says so when it falls back.
+
+        Raises:
+            UserError: There are checkpoints, and none is readable.
+        """
+        for path in reversed(self.paths()):
+            try:
+                return load(path)
+            except Exception as error:  # torch raises many kinds for a cut or altered file
+                self.warn(f"{path} is not readable ({first_line(error)}); falling back to the one before")
+        if self.paths():
+            raise UserError(f"no checkpoint in {self.folder} is readable; delete that folder to train from the start")
+        return None
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Return a checkpoint's state on the CPU; tensors and plain values only, so no code in it can run."""
+    return torch.load(path, map_location="cpu", weights_only=True)

@@ -1,0 +1,142 @@
+"""Evaluation: every sample of a split once over all ranks, all networks on the same images."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from bdkd_dist.data.loader import Loader
+from bdkd_dist.engine import distributed
+from bdkd_dist.engine.observer import SamplePredictions
+from bdkd_dist.engine.pair import Pair
+from bdkd_dist.metrics import CalibrationState, fit_temperature
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """This rank's share of a split, on the CPU."""
+
+    indices: Tensor
+    """(n,) int64 sample indices."""
+    labels: Tensor
+    """(n,) int64."""
+    logits: dict[str, Tensor]
+    """By network, (n, K) float32."""
+
+
+class Evaluator:
+    """Runs networks over splits.
+
+    Args:
+        pair: Knows how images are normalised and under which precision networks run.
+        networks: By name; may hold more than the pair's own two (a moving average).
+    """
+
+    def __init__(self, pair: Pair, networks: dict[str, nn.Module], num_classes: int, device: torch.device):
+        self.pair = pair
+        self.networks = networks
+        self.num_classes = num_classes
+        self.device = device
+
+    def states(self, loader: Loader, batches: Sequence[np.ndarray]) -> dict[str, CalibrationState]:
+        """Return each network's accuracy and calibration over all ranks' batches."""
+        states = {name: CalibrationState(self.num_classes, device=self.device) for name in self.networks}
+        for _, labels, logits in self._forward(loader, batches):
+            on_device = labels.to(self.device, non_blocking=True)
+            for name, values in logits.items():
+                states[name].update(values, on_device)
+        for state in states.values():
+            state.all_reduce()
+        return states
+
+    def outputs(self, loader: Loader, batches: Sequence[np.ndarray]) -> Outputs:
+        """Return this rank's logits, labels and indices."""
+        indices, labels = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, dtype=torch.int64)]
+        logits = {name: [torch.empty(0, self.num_classes)] for name in self.networks}
+        for batch_indices, batch_labels, batch_logits in self._forward(loader, batches):
+            indices.append(batch_indices)
+            labels.append(batch_labels)
+            for name, values in batch_logits.items():
+                logits[name].append(values.cpu())
+        joined = {name: torch.cat(parts) for name, parts in logits.items()}
+        return Outputs(torch.cat(indices), torch.cat(labels), joined)
+
+    @torch.inference_mode()
+    def _forward(
+        self, loader: Loader, batches: Sequence[np.ndarray]
+    ) -> Iterator[tuple[Tensor, Tensor, dict[str, Tensor]]]:
+        """Yield (indices, labels, logits by network); the networks are in eval mode for the while."""
+        # Under local batch norm ranks hold different running statistics: rank 0's are the ones that are kept.
+        distributed.broadcast_(b for network in self.networks.values() for b in network.buffers())
+        for network in self.networks.values():
+            network.eval()
+        try:
+            for batch in loader.batches(0, batches):
+                pixels = self.pair.normalise(batch.images.to(self.device, non_blocking=True))
+                with self.pair.autocast(self.device):
+                    logits = {name: network(pixels).float() for name, network in self.networks.items()}
+                # A batch is only lent until the next one is asked for.
+                yield batch.indices.clone(), batch.labels.clone(), logits
+        finally:
+            for network in self.networks.values():
+                network.train()
+
+
+def calibrated(
+    validation: Outputs, test: Outputs, num_classes: int
+) -> tuple[dict[str, dict[str, object]], dict[str, dict[str, CalibrationState]]]:
+    """Return metrics of every network, raw and with the temperature fitted on validation, over all ranks.
+
+    Returns:
+        ``{split: {network: {"raw": metrics, "temperature_scaled": metrics, "temperature": T}}}`` for the splits
+        ``validation`` and ``test``, and the raw states, ``{split: {network: state}}``.
+    """
+    results: dict[str, dict[str, object]] = {"validation": {}, "test": {}}
+    raw_states: dict[str, dict[str, CalibrationState]] = {"validation": {}, "test": {}}
+    for name in validation.logits:
+        temperature = fit_temperature(validation.logits[name], validation.labels)
+        for split, outputs in (("validation", validation), ("test", test)):
+            raw = _state(outputs.logits[name], outputs.labels, num_classes)
+            scaled = _state(outputs.logits[name] / temperature, outputs.labels, num_classes)
+            raw_states[split][name] = raw
+            results[split][name] = {
+                "raw": raw.compute(),
+                "temperature_scaled": scaled.compute(),
+                "temperature": temperature,
+            }
+    return results, raw_states
+
+
+def predictions(outputs: Outputs) -> tuple[Tensor, Tensor, dict[str, SamplePredictions]] | None:
+    """Return (indices, labels, predictions by network) of the whole split on rank 0, None elsewhere."""
+    mine = {name: _predictions(logits, outputs.labels) for name, logits in outputs.logits.items()}
+    parts = distributed.gather((outputs.indices, outputs.labels, mine))
+    if not parts:
+        return None
+    joined = {
+        name: SamplePredictions(
+            *(
+                torch.cat([getattr(part[2][name], field) for part in parts])
+                for field in ("top_classes", "top_probabilities", "nll")
+            )
+        )
+        for name in mine
+    }
+    return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts]), joined
+
+
+def _predictions(logits: Tensor, labels: Tensor) -> SamplePredictions:
+    log_probabilities = logits.double().log_softmax(1)
+    top = log_probabilities.topk(min(5, logits.shape[1]), dim=1)
+    nll = -log_probabilities.gather(1, labels[:, None]).squeeze(1)
+    return SamplePredictions(top.indices, top.values.exp(), nll)
+
+
+def _state(logits: Tensor, labels: Tensor, num_classes: int) -> CalibrationState:
+    state = CalibrationState(num_classes)
+    for chunk, targets in zip(logits.split(1024), labels.split(1024), strict=True):
+        state.update(chunk, targets)
+    state.all_reduce()
+    return state

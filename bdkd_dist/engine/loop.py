@@ -1,0 +1,303 @@
+"""The training loop of one rank: steps, logs, evaluations, checkpoints, and going on exactly where a run was cut.
+
+Nothing in a step waits for the device: per-step values go into a buffer there and are read every
+``train.log_every_steps`` steps.
+"""
+
+import copy
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from bdkd_dist import __version__
+from bdkd_dist.config import Recipe
+from bdkd_dist.data.dataset import Dataset
+from bdkd_dist.data.loader import Batch, Loader
+from bdkd_dist.data.order import epoch_order, rank_batches, rank_shard
+from bdkd_dist.engine import distributed
+from bdkd_dist.engine.batchnorm import synchronise
+from bdkd_dist.engine.checkpoint import Checkpoints
+from bdkd_dist.engine.evaluate import Evaluator
+from bdkd_dist.engine.observer import EvalLog, NetworkDiagnosis, Observer, StepLog
+from bdkd_dist.engine.optim import build_optimizer, learning_rate
+from bdkd_dist.engine.pair import build_pair
+from bdkd_dist.errors import UserError
+from bdkd_dist.objectives import Losses
+
+
+class Interrupted(Exception):
+    """The run was asked to stop; its state is in ``checkpoint``."""
+
+    def __init__(self, step: int, checkpoint: Path):
+        super().__init__(f"stopped after step {step}; checkpoint {checkpoint}")
+        self.step = step
+        self.checkpoint = checkpoint
+
+
+class Diverged(RuntimeError):
+    """A loss is no longer finite."""
+
+
+class Trainer:
+    """Trains the recipe's pair on this rank.
+
+    Args:
+        recipe: What to train.
+        dataset: Its images.
+        loaders: ``train`` and ``validation``.
+        device: Where this rank computes.
+        checkpoints: Where its state goes; a state found there is gone on from.
+        observer: Told what happens, on rank 0.
+        should_stop: Asked between steps; when true the run checkpoints and raises :class:`Interrupted`.
+
+    Attributes:
+        step: Optimiser steps done.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        dataset: Dataset,
+        loaders: dict[str, Loader],
+        device: torch.device,
+        checkpoints: Checkpoints,
+        observer: Observer,
+        should_stop: Callable[[], bool] = lambda: False,
+    ):
+        self.recipe, self.dataset, self.loaders = recipe, dataset, loaders
+        self.device, self.checkpoints, self.observer, self.should_stop = (
+            device,
+            checkpoints,
+            observer,
+            should_stop,
+        )
+        self.rank, self.world = distributed.rank(), distributed.world_size()
+        self.steps_per_epoch = len(dataset.train.indices) // recipe.train.batch_size
+        self.total_steps = self.steps_per_epoch * recipe.train.epochs
+        if self.steps_per_epoch == 0:
+            raise UserError(
+                f"train.batch_size={recipe.train.batch_size}: larger than the {len(dataset.train.indices)} "
+                "training images"
+            )
+        self.pair = build_pair(recipe, device)
+        if recipe.train.batchnorm == "sync" and self.world > 1:
+            synchronise(self.pair, device)
+        self.student_ema = copy.deepcopy(self.pair.networks["student"]) if recipe.train.ema_decay else None
+        self.optimizer = build_optimizer(self.pair, recipe.optimizer, device)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=recipe.train.precision == "fp16")
+        self.step = self.epoch = self.step_in_epoch = 0
+        self.stat_names: list[str] = []
+        self.history = torch.empty(0)
+        self._load(checkpoints.load_newest())
+        self.module: nn.Module = self.pair
+        if self.world > 1:
+            ids = [device.index] if device.type == "cuda" else None
+            self.module = DistributedDataParallel(
+                self.pair, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
+        if recipe.train.compile:
+            self.module = torch.compile(self.module)  # type: ignore[assignment]
+        self.evaluator = Evaluator(self.pair, self.networks, recipe.data.num_classes, device)
+
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        """The networks to evaluate, by name."""
+        networks: dict[str, nn.Module] = dict(self.pair.networks.items())
+        return networks | ({"student_ema": self.student_ema} if self.student_ema is not None else {})
+
+    def run(self) -> None:
+        """Train to the end of the last epoch.
+
+        Raises:
+            Interrupted: ``should_stop`` said so; the state is kept.
+            Diverged: A loss is not finite; the checkpoint before it is kept.
+        """
+        self.observer.start(self.step, self.total_steps)
+        self._clock, self._clock_step = time.perf_counter(), self.step
+        self.pair.train()
+        while self.epoch < self.recipe.train.epochs:
+            self._train_epoch()
+            self._end_epoch()
+
+    def _train_epoch(self) -> None:
+        settings = self.recipe.train
+        order = epoch_order(self.dataset.train.indices, settings.seed, self.epoch)
+        batches = rank_batches(order, settings.batch_size, self.rank, self.world, first_step=self.step_in_epoch)
+        for batch in self.loaders["train"].batches(self.epoch, batches):
+            self._train_step(batch)
+            if self.step % settings.log_every_steps == 0:
+                self._log()
+            if self._stop_agreed():
+                raise Interrupted(self.step, self._save())
+            every = settings.checkpoint_every_steps
+            # The last step of an epoch is kept after its evaluation, so that going on does not evaluate twice.
+            if every and self.step % every == 0 and self.step_in_epoch < self.steps_per_epoch:
+                self._save()
+
+    def _train_step(self, batch: Batch) -> None:
+        train, optimizer = self.recipe.train, self.optimizer
+        lr = self._learning_rate()
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        # Dropout draws from (seed, step, rank), so no generator's state has to be kept.
+        torch.manual_seed(hash((train.seed, self.step, self.rank)) % 2**63)
+        images = batch.images.to(self.device, non_blocking=True)
+        targets = batch.labels.to(self.device, non_blocking=True)
+        loss, losses = self.module(images, targets)
+        self.scaler.scale(loss).backward()
+        if (norm := self.recipe.optimizer.clip_grad_norm) is not None:
+            self.scaler.unscale_(optimizer)
+            for group in optimizer.param_groups:
+                nn.utils.clip_grad_norm_(group["params"], norm, foreach=True)
+        self.scaler.step(optimizer)
+        self.scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        self._update_ema()
+        self._remember(losses)
+        self.step += 1
+        self.step_in_epoch += 1
+
+    def _learning_rate(self) -> float:
+        return learning_rate(
+            self.step,
+            self.steps_per_epoch,
+            self.recipe.train.epochs,
+            self.recipe.optimizer.lr,
+            self.recipe.schedule,
+        )
+
+    @torch.no_grad()
+    def _update_ema(self) -> None:
+        if self.student_ema is None or (decay := self.recipe.train.ema_decay) is None:
+            return
+        student = self.pair.networks["student"]
+        torch._foreach_lerp_(list(self.student_ema.parameters()), list(student.parameters()), 1 - decay)
+        # Running statistics follow the student's: they are averages already.
+        for mean, value in zip(self.student_ema.buffers(), student.buffers(), strict=True):
+            mean.copy_(value)
+
+    def _remember(self, losses: Losses) -> None:
+        """Keep this step's values on the device until the next log."""
+        values = {
+            "student/loss": losses.student_loss.detach(),
+            "teacher/loss": losses.teacher_loss.detach(),
+            **losses.diagnostics,
+        }
+        if not self.stat_names:
+            self.stat_names = list(values)
+        if self.history.numel() == 0:
+            self.history = torch.zeros(
+                self.recipe.train.log_every_steps, len(values), dtype=torch.float64, device=self.device
+            )
+        self.history[self.step % len(self.history)] = torch.stack([v.double() for v in values.values()])
+
+    def _read_history(self, steps: int) -> Tensor:
+        """Return the last ``steps`` rows, averaged over ranks, on the CPU; stops the run where one is not finite."""
+        rows = distributed.mean_(self.history[:steps]).cpu()
+        bad = (~rows[:, :2].isfinite()).any(1).nonzero()
+        if len(bad):
+            row = int(bad[0])
+            first = self.step - steps + row + 1
+            student, teacher = rows[row, :2].tolist()
+            kept = self.checkpoints.paths()
+            back = f"go back to {kept[-1]}" if kept else "there is no checkpoint before it"
+            raise Diverged(
+                f"the loss is not finite at step {first} (student {student:g}, teacher {teacher:g}); {back} "
+                "and lower optimizer.lr or set optimizer.clip_grad_norm"
+            )
+        return rows
+
+    def _log(self) -> None:
+        interval = len(self.history)
+        means = self._read_history(interval).mean(0).tolist()
+        scalars = {f"train/{name}": value for name, value in zip(self.stat_names, means, strict=True)}
+        scalars |= {f"lr/{group['name']}": group["lr"] for group in self.optimizer.param_groups}
+        now = time.perf_counter()
+        seconds_per_step = (now - self._clock) / max(1, self.step - self._clock_step)
+        self._clock, self._clock_step = now, self.step
+        self.observer.stepped(
+            StepLog(
+                step=self.step,
+                total_steps=self.total_steps,
+                epoch=self.epoch,
+                scalars=scalars,
+                images_per_s=self.recipe.train.batch_size / seconds_per_step,
+                remaining_s=seconds_per_step * (self.total_steps - self.step),
+            )
+        )
+
+    def _stop_agreed(self) -> bool:
+        """Whether to stop now. Several ranks ask each other only where they wait for each other anyway."""
+        if self.world == 1:
+            return self.should_stop()
+        if self.step % self.recipe.train.log_every_steps:
+            return False
+        return distributed.any_rank(self.should_stop(), self.device)
+
+    def _end_epoch(self) -> None:
+        self.epoch, self.step_in_epoch = self.epoch + 1, 0
+        last = self.epoch == self.recipe.train.epochs
+        if last or self.epoch % self.recipe.train.evaluate_every_epochs == 0:
+            began = time.perf_counter()
+            self._evaluate()
+            self._clock += time.perf_counter() - began  # images/s speaks of training alone
+        self._save()
+
+    def _evaluate(self) -> None:
+        subset = self.dataset.validation
+        batches = rank_shard(subset.indices, self.recipe.train.batch_size, self.rank, self.world)
+        states = self.evaluator.states(self.loaders["validation"], batches)
+        if self.rank == 0:
+            networks = {name: NetworkDiagnosis(state.compute(), state.reliability()) for name, state in states.items()}
+            self.observer.evaluated(EvalLog(self.step, self.epoch, "validation", networks))
+
+    def _save(self) -> Path:
+        """Checkpoint the run as it stands between two steps."""
+        pending = self.step % self.recipe.train.log_every_steps
+        rows = self._read_history(pending) if pending else torch.empty(0)
+        if self.rank == 0:
+            self.observer.flush()
+            path = self.checkpoints.save(self.step, self._state(rows))
+        else:
+            path = self.checkpoints.folder
+        return path
+
+    def _state(self, rows: Tensor) -> dict[str, Any]:
+        return {
+            "epoch": self.epoch,
+            "step_in_epoch": self.step_in_epoch,
+            "networks": {name: network.state_dict() for name, network in self.networks.items()},
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "history": rows,
+            "stat_names": self.stat_names,
+            "recipe": self.recipe.to_dict(),
+            "data_fingerprint": self.dataset.fingerprint,
+            "versions": {"bdkd-dist": __version__, "torch": torch.__version__},
+        }
+
+    def _load(self, state: dict[str, Any] | None) -> None:
+        if state is None:
+            return
+        if state["data_fingerprint"] != self.dataset.fingerprint:
+            raise UserError(
+                f"{self.checkpoints.folder} was trained on other data (fingerprint "
+                f"{state['data_fingerprint'][:12]}, now {self.dataset.fingerprint[:12]}); choose another run.name"
+            )
+        self.step, self.epoch, self.step_in_epoch = state["step"], state["epoch"], state["step_in_epoch"]
+        for name, network in self.networks.items():
+            network.load_state_dict(state["networks"][name])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.stat_names = state["stat_names"]
+        rows = state["history"]
+        if rows.numel():
+            self.history = torch.zeros(
+                self.recipe.train.log_every_steps, rows.shape[1], dtype=torch.float64, device=self.device
+            )
+            self.history[: len(rows)] = rows

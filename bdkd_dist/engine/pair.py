@@ -1,0 +1,78 @@
+"""The pair of networks as one module: uint8 images and targets in, losses out, under one DDP."""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bdkd_dist import models
+from bdkd_dist.config import Recipe
+from bdkd_dist.objectives import Losses
+
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Pair(nn.Module):
+    """Teacher and student with the objective that trains them together.
+
+    Attributes:
+        networks: ``teacher`` and ``student``; each takes normalised (B, 3, H, W) images and gives (B, K) logits.
+    """
+
+    def __init__(
+        self,
+        teacher: nn.Module,
+        student: nn.Module,
+        objective: Any,
+        mean: tuple[float, float, float],
+        std: tuple[float, float, float],
+        autocast_dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        self.networks = nn.ModuleDict({"teacher": teacher, "student": student})
+        self.objective = objective
+        self.autocast_dtype = autocast_dtype
+        # On pixels in [0, 255]; they follow the device but are settings, not state.
+        self.register_buffer("mean", 255 * torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", 255 * torch.tensor(std).view(3, 1, 1), persistent=False)
+        self.mean: Tensor
+        self.std: Tensor
+
+    def forward(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Losses]:
+        """Return the sum of both networks' losses, and its parts.
+
+        Args:
+            images: (B, H, W, 3) uint8.
+            targets: (B,) int64 class indices or (B, K) soft targets.
+        """
+        logits = self.logits(images)
+        losses = self.objective(logits["student"], logits["teacher"], targets)
+        return losses.student_loss + losses.teacher_loss, losses
+
+    def logits(self, images: Tensor) -> dict[str, Tensor]:
+        """Return each network's (B, K) float32 logits for (B, H, W, 3) uint8 images."""
+        pixels = self.normalise(images)
+        with self.autocast(images.device):
+            return {name: network(pixels).float() for name, network in self.networks.items()}
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """Return (B, 3, H, W) float32 in channels-last memory for (B, H, W, 3) uint8: the permuted view is that."""
+        return (images.permute(0, 3, 1, 2).float() - self.mean) / self.std
+
+    def autocast(self, device: torch.device) -> AbstractContextManager[Any]:
+        """Return the context in which the networks run."""
+        if self.autocast_dtype is None:
+            return nullcontext()
+        return torch.autocast(device.type, dtype=self.autocast_dtype)
+
+
+def build_pair(recipe: Recipe, device: torch.device) -> Pair:
+    """Return the recipe's pair on the device, in channels-last memory, initialised from ``train.seed`` alone."""
+    torch.manual_seed(recipe.train.seed)
+    classes = recipe.data.num_classes
+    teacher = models.build(recipe.models.teacher, classes)
+    student = models.build(recipe.models.student, classes)
+    autocast_dtype = AUTOCAST.get(recipe.train.precision)
+    pair = Pair(teacher, student, recipe.objective, recipe.data.mean, recipe.data.std, autocast_dtype)
+    return pair.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -1,0 +1,25 @@
+"""What a user did wrong, said in one line."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """A mistake the user can mend: printed as one line, exit status 2, never as a trace."""
+
+
+def nearest(word: str, allowed: Iterable[str]) -> str:
+    """Return ``"; did you mean 'x'?"`` for the closest allowed spelling, or an empty string."""
+    close = difflib.get_close_matches(word, list(allowed), n=1, cutoff=0.5)
+    return f"; did you mean '{close[0]}'?" if close else ""
+
+
+def unknown(kind: str, word: str, allowed: Iterable[str]) -> UserError:
+    """Return the error for a name that is not among the allowed ones, with the nearest right spelling."""
+    allowed = sorted(allowed)
+    return UserError(f"unknown {kind} '{word}'{nearest(word, allowed)} (allowed: {', '.join(allowed)})")
+
+
+def first_line(error: BaseException) -> str:
+    """Return what an error says in one line, its kind where it says nothing."""
+    return next(iter(str(error).splitlines()), "") or type(error).__name__

@@ -1,0 +1,1 @@
+"""Where a run runs, in this process or on Ray Train workers, and what a machine lacks. Only here is Ray imported."""

@@ -1,0 +1,141 @@
+"""Train a recipe, or evaluate a run: the command lines without the command line."""
+
+import importlib.util
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress as Bar
+
+from bdkd_dist import config
+from bdkd_dist.config import Data, Recipe
+from bdkd_dist.data.dataset import Dataset, load_dataset
+from bdkd_dist.engine.checkpoint import Checkpoints
+from bdkd_dist.engine.loop import Trainer
+from bdkd_dist.engine.observer import Observers
+from bdkd_dist.errors import UserError
+from bdkd_dist.launch import local, preflight, worker
+from bdkd_dist.launch.run_folder import RunFolder
+from bdkd_dist.records.environment import write_environment
+from bdkd_dist.records.progress import Progress
+from bdkd_dist.records.results import read_results
+
+
+def train(recipe: Recipe, console: Console) -> RunFolder:
+    """Train the recipe to its end, going on from a checkpoint where its run folder holds one.
+
+    Raises:
+        UserError: Something that the user can mend, found before any work.
+        Interrupted: Ctrl-C; the state is kept.
+        Diverged: A loss is not finite.
+    """
+    preflight.check(recipe)
+    folder = RunFolder.of(recipe)
+    with folder.locked():
+        folder.claim(recipe)
+        if folder.finished:
+            console.print(f"{folder.path} is finished; to train again choose another run.name or delete it")
+            return folder
+        dataset = prepared(recipe.data, console)
+        check_fits(recipe, dataset)
+        write_environment(folder.environment)
+        loader = recipe.data.loader if recipe.data.loader != "auto" else _loader_here()
+        console.print(
+            f"training {recipe.models.teacher} → {recipe.models.student} with {recipe.objective.name} on "
+            f"{len(dataset.train.indices):,} images ({len(dataset.validation.indices):,} validation, "
+            f"{len(dataset.test.indices):,} test), {recipe.launch.workers} worker(s), "
+            f"loader {loader}, in {folder.path}",
+            highlight=False,
+            soft_wrap=True,
+        )
+        progress = Progress(recipe.train.epochs, console)
+        warn = lambda line: console.print(line, style="yellow", highlight=False, markup=False, soft_wrap=True)  # noqa: E731
+        try:
+            if recipe.launch.workers == 1:
+                local.train(recipe, folder, progress, warn)
+            else:
+                from bdkd_dist.launch import ray_train
+
+                ray_train.train(recipe, folder, progress, warn)
+        finally:
+            progress.close()
+    return folder
+
+
+def evaluate(run: Path, overrides: Sequence[str], console: Console) -> RunFolder:
+    """Evaluate a run's newest checkpoint, or the checkpoint given, and write its results, figures and predictions.
+
+    Args:
+        run: A run folder or a file in its ``checkpoints``.
+        overrides: For this evaluation alone, e.g. ``data.root=…`` where the images lie elsewhere now.
+        console: Where progress goes.
+    """
+    folder = RunFolder(run.parents[1] if run.is_file() else run)
+    recipe = _overridden(folder.read_recipe(), overrides)
+    checkpoints = Checkpoints(folder.checkpoints)
+    if run.is_file():
+        checkpoints = _Only(run)
+    elif not checkpoints.paths():
+        raise UserError(f"{folder.path} holds no checkpoint yet")
+    recipe = recipe.model_copy(update={"launch": recipe.launch.model_copy(update={"workers": 1})})
+    dataset = prepared(recipe.data, console)
+    device = torch.device("cuda" if local.wants_cuda(recipe) else "cpu")
+    with ExitStack() as stack:
+        loaders = worker.open_loaders(recipe, dataset, stack)
+        trainer = Trainer(recipe, dataset, loaders, device, checkpoints, Observers())
+        worker.finish(trainer, folder)
+    return folder
+
+
+def results(folder: RunFolder) -> dict[str, Any]:
+    """Return what the run's end, or an evaluation, wrote."""
+    return read_results(folder.results)
+
+
+def prepared(data: Data, console: Console) -> Dataset:
+    """Return the data set, preparing it with a progress bar where that was not done before."""
+    with Bar(console=console, transient=True, disable=not console.is_terminal) as bar:
+        tasks: dict[str, Any] = {}
+
+        def show(split: str, done: int, total: int) -> None:
+            if split not in tasks:
+                tasks[split] = bar.add_task(f"preparing {split}", total=total)
+                if not console.is_terminal:
+                    console.print(f"preparing {split}: {total:,} images", highlight=False)
+            bar.update(tasks[split], completed=done)
+
+        return load_dataset(data, show)
+
+
+def check_fits(recipe: Recipe, dataset: Dataset) -> None:
+    """Raise UserError where the recipe asks for more than the data set holds."""
+    images = len(dataset.train.indices)
+    if recipe.train.batch_size > images:
+        raise UserError(f"train.batch_size={recipe.train.batch_size}: larger than the {images:,} training images")
+
+
+def _loader_here() -> str:
+    return "ffcv" if importlib.util.find_spec("ffcv") else "torch"
+
+
+class _Only(Checkpoints):
+    """One checkpoint, chosen by its path."""
+
+    def __init__(self, path: Path):
+        super().__init__(path.parent)
+        self._path = path
+
+    def paths(self) -> list[Path]:
+        return [self._path]
+
+
+def _overridden(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
+    changed = config.override(recipe, overrides)
+    for key, there, here in config.differences(recipe, changed):
+        raise UserError(
+            f"{key}={here}: the run was trained with {there}; only {', '.join(config.NOT_IDENTITY)} change here"
+        )
+    return changed

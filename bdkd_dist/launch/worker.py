@@ -1,0 +1,101 @@
+"""One training process from end to end: data, pair, loop, final evaluation, records. The same under every launcher."""
+
+import os
+from collections.abc import Callable
+from contextlib import ExitStack
+
+import torch
+
+from bdkd_dist.config import Recipe
+from bdkd_dist.data.augment import Transform
+from bdkd_dist.data.dataset import Dataset, load_dataset
+from bdkd_dist.data.loader import Loader, open_loader
+from bdkd_dist.data.order import rank_shard
+from bdkd_dist.engine import distributed
+from bdkd_dist.engine.checkpoint import Checkpoints
+from bdkd_dist.engine.evaluate import calibrated, predictions
+from bdkd_dist.engine.loop import Trainer
+from bdkd_dist.engine.observer import NetworkDiagnosis, Observer, Observers
+from bdkd_dist.launch.run_folder import RunFolder
+from bdkd_dist.records.figures import reliability_figure, save_png
+from bdkd_dist.records.metric_lines import MetricLines
+from bdkd_dist.records.predictions import write_predictions
+from bdkd_dist.records.results import write_results
+from bdkd_dist.records.tensorboard import TensorBoardObserver
+
+
+def work(
+    recipe: Recipe,
+    folder: RunFolder,
+    device: torch.device,
+    progress: Observer,
+    should_stop: Callable[[], bool],
+    warn: Callable[[str], None],
+) -> None:
+    """Train to the end, or on from the folder's newest checkpoint, and write the results.
+
+    Args:
+        recipe: What to train.
+        folder: Where everything is kept; the recipe's own.
+        device: Where this rank computes.
+        progress: Shows the run to a person; told on rank 0.
+        should_stop: Asked between steps.
+        warn: Says one line to the person.
+
+    Raises:
+        Interrupted: ``should_stop`` said so; the same command goes on.
+        Diverged: A loss is not finite.
+    """
+    dataset = load_dataset(recipe.data)
+    with ExitStack() as stack:
+        loaders = open_loaders(recipe, dataset, stack)
+        observer = Observers()
+        if distributed.rank() == 0:
+            observer = Observers(
+                [TensorBoardObserver(folder.path, recipe.to_yaml()), MetricLines(folder.path), progress]
+            )
+        stack.callback(observer.close)
+        checkpoints = Checkpoints(folder.checkpoints, warn)
+        trainer = Trainer(recipe, dataset, loaders, device, checkpoints, observer, should_stop)
+        trainer.run()
+        finish(trainer, folder)
+
+
+def open_loaders(recipe: Recipe, dataset: Dataset, stack: ExitStack) -> dict[str, Loader]:
+    """Return the loaders of the three splits; the stack closes them."""
+    threads = recipe.data.threads or max(1, len(os.sched_getaffinity(0)) // distributed.world_size())
+    evaluation = Transform.evaluation(recipe.data)
+    transforms = {
+        "train": Transform.training(recipe.data, recipe.train.seed),
+        "validation": evaluation,
+        "test": evaluation,
+    }
+    loaders = {}
+    for split, transform in transforms.items():
+        loader = open_loader(recipe.data.loader, getattr(dataset, split).beton, transform, threads)
+        stack.callback(loader.close)
+        loaders[split] = loader
+    return loaders
+
+
+def finish(trainer: Trainer, folder: RunFolder) -> None:
+    """Evaluate validation and test with the networks as they are; write results, figures and predictions."""
+    recipe, dataset = trainer.recipe, trainer.dataset
+    outputs = {}
+    for split in ("validation", "test"):
+        indices = getattr(dataset, split).indices
+        batches = rank_shard(indices, recipe.train.batch_size, trainer.rank, trainer.world)
+        outputs[split] = trainer.evaluator.outputs(trainer.loaders[split], batches)
+    results, states = calibrated(outputs["validation"], outputs["test"], recipe.data.num_classes)
+    gathered = predictions(outputs["test"])
+    if gathered is None:
+        return
+    indices, labels, networks = gathered
+    folder.predictions.mkdir(exist_ok=True)
+    write_predictions(folder.predictions / "test.parquet", indices, labels, networks, dataset.class_names)
+    folder.figures.mkdir(exist_ok=True)
+    for split, by_network in states.items():
+        diagnoses = {name: NetworkDiagnosis(state.compute(), state.reliability()) for name, state in by_network.items()}
+        save_png(reliability_figure(diagnoses), folder.figures / f"reliability_{split}.png")
+    # Last: a folder with results is a finished run.
+    write_results(folder.results, {**results, "step": trainer.step, "epochs": trainer.epoch})

@@ -1,0 +1,74 @@
+"""Residual networks for CIFAR, as the public distillation benchmarks have them (CRD's RepDistiller, mdistiller).
+
+He et al. 2016 (arXiv 1512.03385), section 4.2, with projection shortcuts (option B): a 3×3 stem and three stages of
+n basic blocks, depth 6n + 2. The ``x4`` networks are four times as wide, except for a stem of 32 channels.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class BasicBlock(nn.Module):
+    """Two 3×3 convolutions beside a shortcut, which is a strided 1×1 convolution where the shape changes."""
+
+    def __init__(self, in_channels: int, channels: int, stride: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.downsample: nn.Module = nn.Identity()
+        if stride != 1 or in_channels != channels:
+            self.downsample = nn.Sequential(
+                nn.Conv2d(in_channels, channels, 1, stride, bias=False), nn.BatchNorm2d(channels)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, in_channels, H, W) to (B, channels, H/stride, W/stride)."""
+        out = F.relu(self.bn1(self.conv1(x)))
+        return F.relu(self.bn2(self.conv2(out)) + self.downsample(x))
+
+
+class CifarResNet(nn.Module):
+    """A residual network for small images.
+
+    Args:
+        depth: 6n + 2 layers.
+        stem: Channels of the first convolution.
+        width: Channels of the first stage; they double with each further stage.
+        num_classes: K.
+    """
+
+    def __init__(self, depth: int, stem: int, width: int, num_classes: int):
+        super().__init__()
+        blocks, rest = divmod(depth - 2, 6)
+        assert rest == 0, "depth is 6n + 2"
+        self.conv1 = nn.Conv2d(3, stem, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(stem)
+        self.layer1 = _stage(blocks, stem, width, stride=1)
+        self.layer2 = _stage(blocks, width, 2 * width, stride=2)
+        self.layer3 = _stage(blocks, 2 * width, 4 * width, stride=2)
+        self.fc = nn.Linear(4 * width, num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, 3, H, W) to (B, K) logits."""
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = self.layer3(self.layer2(self.layer1(x)))
+        return self.fc(F.adaptive_avg_pool2d(x, 1).flatten(1))
+
+
+def _stage(blocks: int, in_channels: int, channels: int, stride: int) -> nn.Sequential:
+    first = BasicBlock(in_channels, channels, stride)
+    return nn.Sequential(first, *(BasicBlock(channels, channels, 1) for _ in range(blocks - 1)))
+
+
+BUILDERS: dict[str, Callable[[int], nn.Module]] = {
+    **{f"resnet{depth}": partial(CifarResNet, depth, 16, 16) for depth in (8, 14, 20, 32, 44, 56, 110)},
+    **{f"resnet{depth}x4": partial(CifarResNet, depth, 32, 64) for depth in (8, 32)},
+}

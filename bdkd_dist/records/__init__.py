@@ -1,0 +1,1 @@
+"""What is kept of a run: TensorBoard, metric lines, figures, per-sample predictions and results."""

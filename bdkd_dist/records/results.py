@@ -1,0 +1,70 @@
+"""A run's results: accuracy and calibration of every network, raw and temperature-scaled, as JSON and as a table."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from bdkd_dist.records.files import atomic_write, json_text
+
+SPLITS = ("validation", "test")
+PERCENT = {"top-1 %": "top1", "ECE %": "ece", "AdaECE %": "adaece"}
+PLAIN = {"NLL": "nll", "Brier": "brier"}
+
+
+def write_results(path: Path, results: dict[str, Any]) -> None:
+    """Write results as JSON, whole or not at all; nan and infinities, which JSON lacks, as null.
+
+    Args:
+        path: The file.
+        results: ``{split: {network: {"raw": metrics, "temperature_scaled": metrics, "temperature": T}}}`` for the
+            splits ``validation`` and ``test``, and whatever else stands beside them.
+    """
+    atomic_write(path, json_text(results, indent=2))
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """Return what :func:`write_results` wrote; a split's null comes back as nan."""
+    results = json.loads(path.read_text())
+    return {key: _with_nan(value) if key in SPLITS else value for key, value in results.items()}
+
+
+def results_table(results: dict[str, Any], split: str = "test") -> Table:
+    """Return a split's results in 80 columns: for each network a raw row and one scaled by its temperature T.
+
+    Top-1, ECE and AdaECE are percentages, NLL is in nats, Brier in [0, 2]; ``–`` where a figure does not exist.
+    """
+    table = Table(
+        title=f"{split}, after {results['epochs']} epochs",
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+    )
+    for column in ("network", "", *PERCENT, *PLAIN, "T"):
+        table.add_column(column, justify="left" if column in ("network", "") else "right", no_wrap=True)
+    for network in sorted(results[split], reverse=True):  # the teacher first
+        of_network = results[split][network]
+        raw, scaled = of_network["raw"], of_network["temperature_scaled"]
+        table.add_row(network, "raw", *_cells(raw), _number(1.0, 2))
+        table.add_row("", "T-scaled", *_cells(scaled), _number(of_network["temperature"], 2), end_section=True)
+    return table
+
+
+def _cells(metrics: dict[str, float]) -> list[str]:
+    return [
+        *(_number(100 * metrics[key], 2) for key in PERCENT.values()),
+        *(_number(metrics[key], 4) for key in PLAIN.values()),
+    ]
+
+
+def _number(value: float, decimals: int) -> str:
+    return f"{value:.{decimals}f}" if math.isfinite(value) else "–"
+
+
+def _with_nan(tree: Any) -> Any:
+    if isinstance(tree, dict):
+        return {key: _with_nan(value) for key, value in tree.items()}
+    return math.nan if tree is None else tree

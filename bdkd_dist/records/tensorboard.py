@@ -1,0 +1,162 @@
+"""TensorBoard event files that a resumed run continues: no reader sees a point twice.
+
+``SummaryWriter(purge_step=…)`` only marks the restart, and readers that know nothing of the mark draw the repeated
+steps twice. Here they are taken out of the files. The mark is written all the same, for a TensorBoard that is
+running and holds the dropped points in memory.
+"""
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from bdkd_dist.engine.observer import EvalLog, StepLog
+from bdkd_dist.records.figures import reliability_figure
+from bdkd_dist.records.files import atomic_write, sync
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from torch.utils.tensorboard import SummaryWriter
+
+EVENT_FILE = "events.out.tfevents."
+RECORD_FRAME_BYTES = 16
+"""Length and two checksums around each record (TFRecord)."""
+
+
+class TensorBoardObserver:
+    """Writes curves, reliability diagrams and the recipe to ``<run>/tensorboard``.
+
+    Tags: those of :attr:`StepLog.scalars`, ``speed/images_per_s``, ``val/<network>/<metric>`` and
+    ``val/<network>/reliability`` (``test/…`` for the test split), and the text ``recipe``.
+
+    Args:
+        run: The run folder.
+        recipe: The resolved recipe as YAML.
+    """
+
+    def __init__(self, run: Path, recipe: str):
+        self.folder = run / "tensorboard"
+        self.recipe = recipe
+        self._writer: SummaryWriter | None = None
+        self._recorded: set[tuple[str, int]] = set()
+
+    def start(self, step: int, total_steps: int) -> None:
+        """See :meth:`Observer.start`; drops the events after ``step`` from the files of an interrupted run."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.close()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._recorded = forget_after(self.folder, step)
+        _sort_before_now(self.folder)
+        self._writer = SummaryWriter(str(self.folder), purge_step=step + 1)
+        if ("recipe/text_summary", 0) not in self._recorded:
+            self._writer.add_text("recipe", f"```yaml\n{self.recipe}```", 0)
+        self.flush()
+        sync(self.folder)
+
+    def stepped(self, log: StepLog) -> None:
+        """See :meth:`Observer.stepped`."""
+        for tag, value in log.scalars.items():
+            self._open.add_scalar(tag, value, log.step)
+        self._open.add_scalar("speed/images_per_s", log.images_per_s, log.step)
+
+    def evaluated(self, log: EvalLog) -> None:
+        """See :meth:`Observer.evaluated`.
+
+        What was recorded at the very step that the run goes on from is not recorded again: a run that was stopped
+        in its final evaluation repeats that.
+        """
+        split = {"validation": "val"}.get(log.split, log.split)
+        for network, diagnosis in log.networks.items():
+            for metric, value in diagnosis.metrics.items():
+                tag = f"{split}/{network}/{metric}"
+                if metric != "count" and (tag, log.step) not in self._recorded:
+                    self._open.add_scalar(tag, value, log.step)
+            tag = f"{split}/{network}/reliability"
+            if (tag, log.step) not in self._recorded:
+                pixels = _pixels(reliability_figure({network: diagnosis}))
+                self._open.add_image(tag, pixels, log.step, dataformats="HWC")
+
+    def flush(self) -> None:
+        """See :meth:`Observer.flush`. SummaryWriter's flush waits for its queue but not for the disk."""
+        self._open.flush()
+        sync(event_files(self.folder)[-1])
+
+    def close(self) -> None:
+        """See :meth:`Observer.close`."""
+        if self._writer is not None:
+            self.flush()
+            self._writer.close()
+            self._writer = None
+
+    @property
+    def _open(self) -> "SummaryWriter":
+        assert self._writer is not None, "start() comes first"
+        return self._writer
+
+
+def event_files(folder: Path) -> list[Path]:
+    """Return the folder's event files in the order in which TensorBoard reads them."""
+    return sorted(folder.glob(f"{EVENT_FILE}*"))
+
+
+def forget_after(folder: Path, step: int) -> set[tuple[str, int]]:
+    """Drop all events later than ``step``, and a last record that a killed process left unfinished.
+
+    Each file is replaced by its own shorter version, so a kill in between loses and doubles nothing: the next call
+    goes on where this one was cut.
+
+    Returns:
+        The (tag, step) of the kept events of step 0 and of ``step``.
+    """
+    recorded: set[tuple[str, int]] = set()
+    for path in event_files(folder):
+        recorded |= _forget_in_file(path, step)
+    return recorded
+
+
+def _forget_in_file(path: Path, step: int) -> set[tuple[str, int]]:
+    from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
+    from tensorboard.compat.proto.event_pb2 import Event
+
+    content, at = path.read_bytes(), 0
+    kept: list[bytes] = []
+    recorded: set[tuple[str, int]] = set()
+    has_points = False
+    for record in RawEventFileLoader(str(path)).Load():  # ends quietly before a record that was cut off
+        framed = content[at : at + len(record) + RECORD_FRAME_BYTES]
+        at += len(framed)
+        event = Event.FromString(record)
+        if event.step > step:
+            continue
+        kept.append(framed)
+        has_points |= event.HasField("summary")
+        if event.step in (0, step):
+            recorded |= {(value.tag, event.step) for value in event.summary.value}
+    if not has_points:
+        path.unlink()
+    elif sum(map(len, kept)) != len(content):
+        atomic_write(path, b"".join(kept))
+    return recorded
+
+
+def _sort_before_now(folder: Path) -> None:
+    """Rename earlier files where a file made now would not sort after them.
+
+    Readers go by name, which is second, host, process: a run that goes on within the second, or on a host whose clock
+    is behind, would come first and its curves run backwards.
+    """
+    paths = event_files(folder)
+    if paths and paths[-1].name >= f"{EVENT_FILE}{int(time.time()):010d}":
+        for number, path in enumerate(paths):
+            path.rename(folder / f"{EVENT_FILE}{number:010d}.earlier")
+
+
+def _pixels(figure: "Figure") -> np.ndarray:
+    """Return a figure as (H, W, 3) uint8, without pyplot and its global list of figures."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3]

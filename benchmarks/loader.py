@@ -1,0 +1,222 @@
+"""Images per second of the two loaders, beside FFCV's own loader, torchvision's, and decoding alone.
+
+All read the same JPEGs (in the operating system's cache) and make random resized crops of 224 px with flips, as for
+ImageNet; `decode only` decodes every JPEG in full with FFCV's native decoder and does nothing else, so it is the
+limit of any loader that decodes whole images with it. Every contestant has the same number of threads or processes.
+Each first reads all images once, uncounted; then all take turns, and the median of the repeats counts.
+
+    python benchmarks/loader.py --data FOLDER --threads 2     # FOLDER holds train-*.parquet with a column `image`
+    python benchmarks/loader.py --synthetic --threads 2       # 500x375 JPEGs made up here
+
+Needs FFCV. Run it on a machine that does nothing else.
+"""
+
+import argparse
+import io
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from bdkd_dist.data.augment import Transform
+from bdkd_dist.data.beton import Beton, BetonWriter
+from bdkd_dist.data.loader import open_loader
+from bdkd_dist.data.order import epoch_order, rank_batches
+
+PX = 224
+Contestant = Callable[[int], int]
+"""Reads one epoch and returns the number of images."""
+
+
+def main() -> None:
+    arguments = parse()
+    with tempfile.TemporaryDirectory() as folder:
+        beton = Path(folder) / "images.beton"
+        jpegs = synthetic(arguments.images) if arguments.synthetic else photographs(arguments.data, arguments.images)
+        write(beton, list(jpegs))
+        speeds = measure(contestants(beton, arguments.batch_size, arguments.threads), arguments.repeats)
+        report(speeds, Beton(beton), arguments)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--data", type=Path, help="folder with train-*.parquet")
+    source.add_argument("--synthetic", action="store_true", help="make up 500x375 JPEGs")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--images", type=int, default=2048)
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=5)
+    return parser.parse_args()
+
+
+def photographs(folder: Path, count: int) -> Iterator[bytes]:
+    import pyarrow.parquet as pq
+
+    left = count
+    for shard in sorted(folder.glob("train-*.parquet")):
+        for row in pq.read_table(shard, columns=["image"]).slice(0, left).to_pylist():
+            left -= 1
+            yield row["image"]["bytes"]
+
+
+def synthetic(count: int) -> Iterator[bytes]:
+    """Yield JPEGs of about 50 kB: smooth shapes and some grain."""
+    for index in range(count):
+        generator = np.random.default_rng(index)
+        coarse = generator.integers(0, 256, (12, 16, 3), dtype=np.uint8)
+        smooth = np.asarray(Image.fromarray(coarse).resize((500, 375), Image.Resampling.BICUBIC))
+        grain = generator.normal(0, 6, (375, 500, 1))
+        stream = io.BytesIO()
+        Image.fromarray((smooth + grain).clip(0, 255).astype(np.uint8)).save(stream, "JPEG", quality=90)
+        yield stream.getvalue()
+
+
+def write(path: Path, jpegs: list[bytes]) -> None:
+    with BetonWriter(path, len(jpegs)) as writer:
+        for index, content in enumerate(jpegs):
+            with Image.open(io.BytesIO(content)) as image:
+                writer.append_jpeg(content, image.height, image.width, index % 10)
+
+
+def contestants(beton: Path, batch_size: int, threads: int) -> dict[str, Contestant]:
+    return {
+        "ffcv (ours)": ours("ffcv", beton, batch_size, threads),
+        "torch (ours)": ours("torch", beton, batch_size, threads),
+        "ffcv (stock)": stock_ffcv(beton, batch_size, threads),
+        "torchvision": torchvision(beton, batch_size, threads),
+        "decode only": decode_only(beton, threads),
+    }
+
+
+def ours(kind: str, beton: Path, batch_size: int, threads: int) -> Contestant:
+    transform = Transform(PX, "resized", 0, 0.08, 4 / 3, True, 0.875, 0)
+    loader = open_loader(kind, beton, transform, threads)  # type: ignore[arg-type]
+    indices = np.arange(len(Beton(beton)))
+
+    def epoch(number: int) -> int:
+        batches = rank_batches(epoch_order(indices, 0, number), batch_size, 0, 1)
+        return count(batch.images for batch in loader.batches(number, batches))
+
+    return epoch
+
+
+def stock_ffcv(beton: Path, batch_size: int, threads: int) -> Contestant:
+    from ffcv.fields.basics import IntDecoder
+    from ffcv.fields.rgb_image import RandomResizedCropRGBImageDecoder
+    from ffcv.loader import Loader, OrderOption
+    from ffcv.transforms import RandomHorizontalFlip, ToTensor
+
+    image = [RandomResizedCropRGBImageDecoder((PX, PX)), RandomHorizontalFlip(), ToTensor()]
+    loader = Loader(
+        str(beton),
+        batch_size,
+        threads,
+        os_cache=True,
+        order=OrderOption.RANDOM,
+        pipelines={"image": image, "label": [IntDecoder(), ToTensor()]},
+    )
+    return lambda number: count(batch[0] for batch in loader)
+
+
+class _Photographs(torch.utils.data.Dataset[tuple[torch.Tensor, int]]):
+    def __init__(self, beton: Path) -> None:
+        from torchvision.transforms import v2
+
+        self.beton = Beton(beton)
+        self.transform = v2.Compose([v2.RandomResizedCrop(PX), v2.RandomHorizontalFlip(), v2.PILToTensor()])
+
+    def __len__(self) -> int:
+        return len(self.beton)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        with Image.open(io.BytesIO(self.beton.encoded(index).tobytes())) as image:
+            return self.transform(image.convert("RGB")), int(self.beton.labels[index])
+
+
+def torchvision(beton: Path, batch_size: int, threads: int) -> Contestant:
+    loader = torch.utils.data.DataLoader(
+        _Photographs(beton),
+        batch_size,
+        shuffle=True,
+        drop_last=True,
+        num_workers=threads,
+        persistent_workers=True,
+        multiprocessing_context="forkserver",
+    )
+    return lambda number: count(batch[0] for batch in loader)
+
+
+def decode_only(beton: Path, threads: int) -> Contestant:
+    from ffcv.libffcv import imdecode
+    from numba import njit
+
+    file = Beton(beton)
+    native = njit(nogil=True)(imdecode)
+
+    @njit(nogil=True)
+    def decode(jpeg: np.ndarray, height: int, width: int, out: np.ndarray) -> int:
+        return native(jpeg, out, height, width, height, width, 0, 0, 1, 1, False, False)
+
+    def part(indices: np.ndarray) -> int:
+        out = np.empty(int((file.heights[indices] * file.widths[indices]).max()) * 3, np.uint8)
+        for index in indices:
+            assert decode(file.encoded(index), file.heights[index], file.widths[index], out) == 0
+        return len(indices)
+
+    pool = ThreadPoolExecutor(threads)
+    parts = np.array_split(np.arange(len(file)), -(-len(file) // 16))
+    return lambda number: sum(pool.map(part, parts))
+
+
+def count(batches: Iterable[torch.Tensor]) -> int:
+    return sum(len(images) for images in batches)
+
+
+def measure(contestants: dict[str, Contestant], repeats: int) -> dict[str, list[float]]:
+    """Return images/s of each contestant and repeat."""
+    speeds: dict[str, list[float]] = {name: [] for name in contestants}
+    for number in range(repeats + 1):
+        for name, epoch in contestants.items():
+            start = time.perf_counter()
+            images = epoch(number)
+            if number > 0:
+                speeds[name].append(images / (time.perf_counter() - start))
+    return speeds
+
+
+def report(speeds: dict[str, list[float]], beton: Beton, arguments: argparse.Namespace) -> None:
+    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "torchvision", "ffcv", "numba", "pillow"))
+    pixels = float(np.median(beton.heights * beton.widths)) ** 0.5
+    print(f"{processor()}, {os.cpu_count()} cores; Python {platform.python_version()}, {packages}")
+    print(
+        f"{len(beton)} JPEGs, typically {pixels:.0f} px square; crops of {PX} px; "
+        f"batches of {arguments.batch_size}; {arguments.threads} threads or processes; {arguments.repeats} repeats"
+    )
+    print(f"{'':14}{'images/s':>10}{'slowest':>10}{'fastest':>10}")
+    for name, values in speeds.items():
+        print(f"{name:14}{statistics.median(values):10.0f}{min(values):10.0f}{max(values):10.0f}")
+    median = {name: statistics.median(values) for name, values in speeds.items()}
+    print(f"ffcv/stock-ffcv = {median['ffcv (ours)'] / median['ffcv (stock)']:.2f}")
+    print(f"torch/torchvision = {median['torch (ours)'] / median['torchvision']:.2f}")
+    print(f"ffcv/torch = {median['ffcv (ours)'] / median['torch (ours)']:.2f}")
+    print(f"ffcv/decode-only = {median['ffcv (ours)'] / median['decode only']:.2f}")
+    print(f"torch/decode-only = {median['torch (ours)'] / median['decode only']:.2f}")
+
+
+def processor() -> str:
+    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    return names[0].partition(":")[2].strip() if names else platform.machine()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+#!/usr/bin/env bash
+# Make a machine ready: system packages for FFCV, and .venv with exactly what requirements.txt locks.
+# Run again it does nothing unless the lock, this script or the system packages changed.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+readonly FFCV_PACKAGES=(g++ pkg-config libopencv-dev libturbojpeg0-dev python3-dev)
+readonly VENV=.venv
+
+say() { printf '\033[1m[setup]\033[0m %s\n' "$*"; }
+
+missing_packages() {
+    local package
+    for package in "$@"; do
+        dpkg-query -W -f='${Status}' "$package" 2>/dev/null | grep -q 'ok installed' || echo "$package"
+    done
+}
+
+# Install Debian packages, as root or through sudo; where neither is possible, say the command and go on.
+apt_install() {
+    local as_root=()
+    if [ "$(id -u)" -ne 0 ]; then
+        if ! command -v sudo >/dev/null || ! { sudo -n true 2>/dev/null || [ -t 0 ]; }; then
+            say "cannot install $* without root; run: sudo apt-get install -y $*"
+            return 1
+        fi
+        as_root=(sudo)
+    fi
+    say "installing system packages: $*"
+    { "${as_root[@]}" apt-get update -qq &&
+        "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq "$@" >/dev/null; } || {
+        say "apt-get failed; run: ${as_root[*]:+sudo }apt-get install -y $*"
+        return 1
+    }
+}
+
+ffcv_can_build() {
+    command -v dpkg-query >/dev/null || {
+        say "no apt here; for FFCV install OpenCV, libjpeg-turbo (with headers), pkg-config and g++ yourself"
+        pkg-config --exists opencv4 libturbojpeg 2>/dev/null
+        return
+    }
+    local missing
+    mapfile -t missing < <(missing_packages "${FFCV_PACKAGES[@]}")
+    [ "${#missing[@]}" -eq 0 ] || apt_install "${missing[@]}"
+}
+
+# uv from the PATH, or a pinned one in a small environment of its own.
+find_uv() {
+    if command -v uv >/dev/null; then
+        UV=uv
+        return
+    fi
+    UV=.bootstrap/bin/uv
+    [ -x "$UV" ] && return
+    if ! python3 -c 'import ensurepip, venv' 2>/dev/null; then
+        apt_install python3 python3-venv || exit 1
+    fi
+    say "installing uv"
+    python3 -m venv .bootstrap
+    .bootstrap/bin/python -m pip install -q --disable-pip-version-check --require-hashes -r cluster/uv-requirements.txt
+}
+
+ffcv=no
+if ffcv_can_build; then ffcv=yes; fi
+stamp=$(cat requirements.txt pyproject.toml "$0" | sha256sum | cut -c1-16)-ffcv-$ffcv
+if [ "$(cat $VENV/.ready 2>/dev/null)" = "$stamp" ]; then exit 0; fi
+
+find_uv
+[ -x $VENV/bin/python ] || "$UV" venv -q --python '>=3.11,<3.14' $VENV
+export VIRTUAL_ENV=$PWD/$VENV
+
+# FFCV is built here, so it stands apart: its lines of the lock, and all the others.
+lock=$(mktemp -d)
+trap 'rm -rf "$lock"' EXIT
+awk -v folder="$lock" '/^[a-zA-Z0-9]/ { file = /^ffcv==/ ? "ffcv" : "others" } file { print > (folder "/" file ".txt") }' requirements.txt
+
+say "installing Python packages into $VENV (a few GB the first time)"
+"$UV" pip install -q --require-hashes --compile-bytecode -r "$lock/others.txt"
+"$UV" pip install -q --no-deps --no-build-isolation -e .
+if [ $ffcv = yes ]; then
+    say "building FFCV"
+    if ! "$UV" pip install -q --require-hashes --no-deps --no-build-isolation --compile-bytecode -r "$lock/ffcv.txt"; then
+        say "FFCV did not build; going on with the torch loader"
+    fi
+else
+    say "going on without FFCV: the torch loader gives the same batches, more slowly"
+fi
+echo "$stamp" > $VENV/.ready

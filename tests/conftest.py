@@ -1,0 +1,11 @@
+"""Fixtures that several test files share."""
+
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Prepared data sets, made once for all tests."""
+    return tmp_path_factory.mktemp("cache")

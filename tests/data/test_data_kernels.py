@@ -1,0 +1,79 @@
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bdkd_dist.data import kernels
+from bdkd_dist.data.kernels import Pixels, render, resize_area
+
+
+def noise(height: int, width: int, seed: int = 0) -> Pixels:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def cover(length: int, count: int) -> np.ndarray:
+    """(count, length) float64: the share of each source pixel in each output pixel, by overlap of intervals."""
+    edges = np.arange(count + 1) * length / count
+    source = np.arange(length)
+    overlap = np.minimum(edges[1:, None], source + 1) - np.maximum(edges[:-1, None], source)
+    return overlap.clip(min=0) * count / length
+
+
+@pytest.mark.parametrize(
+    "box", [(0, 0, 90, 120), (7, 5, 64, 64), (3, 2, 80, 50), (10, 10, 20, 30), (1, 1, 1, 1), (4, 0, 41, 120)]
+)
+@pytest.mark.parametrize("mirror", [False, True])
+def test_resizing_takes_the_mean_over_the_covered_area(box: tuple[int, int, int, int], mirror: bool) -> None:
+    source, out = noise(90, 120), np.empty((40, 40, 3), np.uint8)
+    top, left, height, width = box
+    resize_area(source, top, left, height, width, mirror, out)
+    inside = source[top : top + height, left : left + width].astype(float)
+    want = np.einsum("ip,jq,pqc->ijc", cover(height, 40), cover(width, 40), inside)
+    want = want[:, ::-1] if mirror else want
+    assert np.abs(out - want).max() < 0.501  # whole numbers, from sums in float32
+
+
+def test_resizing_a_uniform_image_keeps_its_colour() -> None:
+    source, out = np.full((97, 53, 3), [0, 128, 255], np.uint8), np.empty((31, 31, 3), np.uint8)
+    resize_area(source, 0, 0, 97, 53, False, out)
+    assert np.array_equal(out, np.full((31, 31, 3), [0, 128, 255]))
+
+
+def test_shrinking_is_opencvs_inter_area() -> None:
+    cv2 = pytest.importorskip("cv2")
+    for height, width in ((300, 400), (224, 500), (251, 229), (448, 448)):
+        source, out = noise(height, width), np.empty((224, 224, 3), np.uint8)
+        resize_area(source, 0, 0, height, width, False, out)
+        want = cv2.resize(source, (224, 224), interpolation=cv2.INTER_AREA)
+        assert np.abs(out.astype(int) - want).max() <= 1  # halves round to even there, up here
+        assert np.mean(out == want) > 0.99
+
+
+@pytest.mark.parametrize("mirror", [0, 1])
+@pytest.mark.parametrize(("down", "right"), [(0, 0), (4, -4), (-3, 1), (2, 0)])
+def test_a_window_moves_over_a_border_of_zeros(down: int, right: int, mirror: int) -> None:
+    source, out = noise(50, 60), np.empty((32, 32, 3), np.uint8)
+    render(source, np.array([9, 11, 32, 32, down, right, mirror], np.int32), out)
+    padded = np.pad(source[9:41, 11:43], ((4, 4), (4, 4), (0, 0)))
+    want = padded[4 + down : 36 + down, 4 + right : 36 + right]
+    assert np.array_equal(out, want[:, ::-1] if mirror else want)
+
+
+def test_a_resized_image_moves_over_a_border_of_zeros() -> None:
+    source, out, resized = noise(50, 60), np.empty((32, 32, 3), np.uint8), np.empty((32, 32, 3), np.uint8)
+    render(source, np.array([1, 2, 48, 48, 3, -2, 1], np.int32), out)
+    resize_area(source, 1, 2, 48, 48, False, resized)
+    padded = np.pad(resized, ((4, 4), (4, 4), (0, 0)))
+    assert np.array_equal(out, padded[7:39, 2:34][:, ::-1])
+
+
+def test_functions_compile_where_no_folder_is_writable(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = kernels.njit
+
+    def njit(**options: Any) -> Any:
+        if options.get("cache"):
+            raise RuntimeError("cannot cache function: no locator available")
+        return original(**options)
+
+    monkeypatch.setattr(kernels, "njit", njit)
+    assert kernels._compiled(lambda x: x + 1)(2) == 3

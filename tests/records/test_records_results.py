@@ -1,0 +1,54 @@
+import io
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from records_samples import NAN, diagnosis
+from rich.console import Console
+
+from bdkd_dist.records.results import read_results, results_table, write_results
+
+
+def some_results() -> dict[str, Any]:
+    def network(top1: float, temperature: float) -> dict[str, Any]:
+        raw = diagnosis(top1).metrics
+        return {"raw": raw, "temperature_scaled": {**raw, "ece": 0.00504, "nll": NAN}, "temperature": temperature}
+
+    split = {"teacher": network(0.98, 1.234), "student": network(0.97218, 0.9), "student_ema": network(0.975, 1.0)}
+    return {"validation": split, "test": split, "step": 500, "epochs": 20}
+
+
+def test_results_read_back_equal_with_nan_as_valid_json(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    write_results(path, some_results())
+
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is not JSON")
+
+    plain = json.loads(path.read_text(), parse_constant=refuse)
+    assert plain["test"]["teacher"]["temperature_scaled"]["nll"] is None
+    back = read_results(path)
+    assert math.isnan(back["test"]["teacher"]["temperature_scaled"].pop("nll"))
+    expected = some_results()
+    del expected["test"]["teacher"]["temperature_scaled"]["nll"]
+    assert back["test"]["teacher"] == expected["test"]["teacher"]
+    assert (back["step"], back["epochs"]) == (500, 20)
+
+
+def test_the_table_has_a_row_per_network_and_temperature(tmp_path: Path) -> None:
+    write_results(tmp_path / "results.json", some_results())
+    console = Console(file=io.StringIO(), width=80)
+    console.print(results_table(read_results(tmp_path / "results.json")))
+    assert isinstance(console.file, io.StringIO)
+    rows = [line.split() for line in console.file.getvalue().splitlines() if line.strip(" ─")]
+    assert rows == [
+        ["test,", "after", "20", "epochs"],
+        ["network", "top-1", "%", "ECE", "%", "AdaECE", "%", "NLL", "Brier", "T"],
+        ["teacher", "raw", "98.00", "1.25", "1.20", "0.1000", "0.0500", "1.00"],
+        ["T-scaled", "98.00", "0.50", "1.20", "–", "0.0500", "1.23"],
+        ["student_ema", "raw", "97.50", "1.25", "1.20", "0.1000", "0.0500", "1.00"],
+        ["T-scaled", "97.50", "0.50", "1.20", "–", "0.0500", "1.00"],
+        ["student", "raw", "97.22", "1.25", "1.20", "0.1000", "0.0500", "1.00"],
+        ["T-scaled", "97.22", "0.50", "1.20", "–", "0.0500", "0.90"],
+    ]

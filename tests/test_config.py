@@ -1,0 +1,124 @@
+"""Recipes and overrides: right ones load, wrong ones are one line that names key, value, allowed and nearest."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from bdkd_dist import config
+from bdkd_dist.errors import UserError
+
+
+@pytest.mark.parametrize("name", config.recipe_names())
+def test_every_shipped_recipe_loads_and_reads_back_equal(name: str) -> None:
+    recipe = config.load(name)
+    assert recipe.run.name == name
+    assert config.from_dict(yaml.safe_load(recipe.to_yaml())) == recipe
+
+
+def test_recipes_of_the_pairs_are_all_there() -> None:
+    pairs = {"r32x4_r8x4", "r56_r20", "r110_r32", "wrn40_2_wrn16_2", "vgg13_vgg8"}
+    expected = {f"{data}_{pair}" for data in ("cifar10", "cifar100") for pair in pairs}
+    assert set(config.recipe_names()) == expected | {"digits", "clothing_r34_r18"}
+
+
+def test_a_base_is_merged_below_its_recipe() -> None:
+    recipe = config.load("cifar100_r56_r20")
+    assert (recipe.models.teacher, recipe.models.student) == ("resnet56", "resnet20")
+    assert (recipe.data.num_classes, recipe.data.augment.pad_px, recipe.train.epochs) == (100, 4, 240)
+    assert recipe.schedule.milestones == (150, 180, 210)
+
+
+@pytest.mark.parametrize(
+    ("override", "read", "value"),
+    [
+        ("train.epochs=5", lambda r: r.train.epochs, 5),
+        ("optimizer.lr=1e-3", lambda r: r.optimizer.lr, 1e-3),
+        ("optimizer.nesterov=false", lambda r: r.optimizer.nesterov, False),
+        ("optimizer.clip_grad_norm=none", lambda r: r.optimizer.clip_grad_norm, None),
+        ("schedule.milestones=[3,4]", lambda r: r.schedule.milestones, (3, 4)),
+        ("run.name=007", lambda r: r.run.name, "007"),
+        ("objective.nu_reverse=3", lambda r: r.objective.nu_reverse, 3.0),
+        ("data.augment.flip=true", lambda r: r.data.augment.flip, True),
+    ],
+)
+def test_overrides_are_parsed_by_the_keys_type(override: str, read, value: object) -> None:
+    got = read(config.load("digits", [override]))
+    assert got == value
+    assert type(got) is type(value)
+
+
+def test_changing_the_objective_drops_the_former_ones_parameters(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(config.load("digits", ["objective.nu_reverse=3"]).to_yaml())
+    assert config.load(str(path)).objective.nu_reverse == 3
+    assert config.load(str(path), ["objective.name=dml"]).objective.name == "dml"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["train.epoch=5"], ["train.epoch", "did you mean 'train.epochs'"]),
+        (["trian.epochs=5"], ["trian", "did you mean 'train"]),
+        (["epochs=5"], ["epochs", "train.epochs"]),
+        (["train.epochs"], ["train.epochs", "key=value"]),
+        (["train.epochs=many"], ["train.epochs=many", "integer"]),
+        (["train.epochs=0"], ["train.epochs=0", "greater than or equal to 1"]),
+        (["train.precision=fp8"], ["train.precision=fp8", "'fp32', 'bf16' or 'fp16'"]),
+        (["objective.name=bdkdd"], ["objective.name", "bdkdd", "did you mean 'bdkd'", "dml"]),
+        (["objective.nu_revers=3"], ["objective.nu_revers", "did you mean 'objective.nu_reverse'"]),
+        (["objective.nu_reverse=-1"], ["nu_reverse", "-1"]),
+        (["objective.name=dml", "objective.nu_reverse=2"], ["objective.nu_reverse"]),
+        (["optimizer.lr=nan"], ["optimizer.lr=nan", "finite"]),
+        (["launch.workers=3"], ["train.batch_size=64", "launch.workers=3"]),
+        (["schedule.kind=step"], ["schedule.milestones"]),
+        (["schedule.kind=step", "schedule.milestones=[4,3]"], ["milestones must rise"]),
+        (["optimizer.momentum=0"], ["nesterov"]),
+        (["run.name=a/b"], ["run.name=a/b"]),
+        (["train.epochs.x=1"], ["train.epochs"]),
+        (["data=5"], ["data"]),
+    ],
+)
+def test_a_wrong_override_is_one_line_with_key_value_and_what_is_allowed(
+    overrides: list[str], words: list[str]
+) -> None:
+    with pytest.raises(UserError) as caught:
+        config.load("digits", overrides)
+    line = str(caught.value)
+    assert "\n" not in line
+    for word in words:
+        assert word in line, line
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("- a list", ["holds no sections"]),
+        ("a: [", ["is not YAML"]),
+        ("run: 5", ["run"]),
+        ("models: {teacher: resnet20}", ["does not set"]),
+    ],
+)
+def test_a_broken_recipe_file_is_one_line(tmp_path: Path, text: str, words: list[str]) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError) as caught:
+        config.load(str(path))
+    assert "\n" not in str(caught.value)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_an_unknown_recipe_names_the_nearest() -> None:
+    with pytest.raises(UserError, match="did you mean 'cifar100_r56_r20'"):
+        config.load("cifar100_r56_r21")
+    with pytest.raises(UserError, match="does not exist"):
+        config.load("nowhere/mine.yaml")
+
+
+def test_differences_ignore_where_and_how_a_run_runs() -> None:
+    recipe = config.load("digits")
+    moved = config.load("digits", ["run.name=x", "launch.workers=2", "data.loader=torch", "data.root=/tmp"])
+    assert list(config.differences(recipe, moved)) == []
+    changed = config.load("digits", ["objective.nu_reverse=3"])
+    assert list(config.differences(recipe, changed)) == [("objective.nu_reverse", 2.0, 3.0)]
