@@ -363,7 +363,7 @@ def _one_line(error: ValidationError, prefix: str = "") -> str:
     if first["type"] == "missing":
         return f"the recipe does not set {key}{more}"
     if first["type"] == "value_error":
-        return (f"{key}: " if key else "") + message + more
+        return (f"{key}: " if first["loc"] else prefix) + message + more
     value = first["input"]
     shown = f"={value}" if isinstance(value, str | int | float | bool | list | tuple) or value is None else ""
     return f"{key}{shown}: {message[0].lower()}{message[1:]}{more}"

@@ -67,7 +67,7 @@ def test_changing_the_objective_drops_the_former_ones_parameters(tmp_path: Path)
         (["train.precision=fp8"], ["train.precision=fp8", "'fp32', 'bf16' or 'fp16'"]),
         (["objective.name=bdkdd"], ["objective.name", "bdkdd", "did you mean 'bdkd'", "dml"]),
         (["objective.nu_revers=3"], ["objective.nu_revers", "did you mean 'objective.nu_reverse'"]),
-        (["objective.nu_reverse=-1"], ["nu_reverse", "-1"]),
+        (["objective.nu_reverse=-1"], ["objective.nu_reverse=-1.0 is not allowed (allowed: finite, >= 0)"]),
         (["objective.name=dml", "objective.nu_reverse=2"], ["objective.nu_reverse"]),
         (["optimizer.lr=nan"], ["optimizer.lr=nan", "finite"]),
         (["launch.workers=3"], ["train.batch_size=64", "launch.workers=3"]),

@@ -62,7 +62,7 @@ def open_loader(kind: Literal["auto", "ffcv", "torch"], beton: Path, transform: 
     Raises:
         UserError: The file is no whole beton, or ``ffcv`` is asked for and absent.
     """
-    if kind == "torch" or (kind == "auto" and not _ffcv_loads()):
+    if chosen(kind) == "torch":
         from bdkd_dist.data.torch_loader import TorchLoader
 
         return TorchLoader(beton, transform, threads)
@@ -75,6 +75,13 @@ def open_loader(kind: Literal["auto", "ffcv", "torch"], beton: Path, transform: 
             f"data.loader=ffcv: FFCV {reason} (run `bdkd doctor`); data.loader=torch reads the same files"
         ) from None
     return FFCVLoader(beton, transform, threads)
+
+
+def chosen(kind: Literal["auto", "ffcv", "torch"]) -> Literal["ffcv", "torch"]:
+    """Return which loader ``data.loader`` means on this machine."""
+    if kind == "auto":
+        return "ffcv" if _ffcv_loads() else "torch"
+    return kind
 
 
 def _ffcv_loads() -> bool:

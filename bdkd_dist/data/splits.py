@@ -9,6 +9,7 @@ import hashlib
 import numpy as np
 import numpy.typing as npt
 
+from bdkd_dist.data.randomness import bits
 from bdkd_dist.errors import UserError
 
 Indices = npt.NDArray[np.int64]
@@ -71,9 +72,6 @@ def _ranks(labels: Indices, hashes: npt.NDArray[np.uint64]) -> tuple[Indices, In
 
 
 def _hashes(positions: Indices, salt: str) -> npt.NDArray[np.uint64]:
-    """Return SplitMix64's output for the state (key of the salt) + position·γ (Steele et al., 2014); all differ."""
+    """Return random bits of (salt, position); all differ."""
     key = int.from_bytes(hashlib.sha256(salt.encode()).digest()[:8], "little")
-    z = positions.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(key)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
+    return bits(key, 0, positions, 0)

@@ -1,6 +1,7 @@
 """The loader that needs nothing but torch and Pillow: torch's DataLoader over the same betons."""
 
 import multiprocessing
+import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -121,12 +122,18 @@ class TorchLoader(Loader):
             sampler=self._tasks,
             batch_size=None,  # a task is a whole batch
             collate_fn=_as_it_is,
+            worker_init_fn=_leave_sigint_to_the_parent,
             num_workers=self._processes,
             persistent_workers=self._processes > 0,
             multiprocessing_context=context,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # else each iteration would draw from the generator of the training process
         )
+
+
+def _leave_sigint_to_the_parent(worker: int) -> None:
+    """A terminal sends Ctrl-C to all its processes; the training process finishes its step and needs its workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _as_it_is(loaded: Any) -> Any:

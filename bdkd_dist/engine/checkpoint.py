@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from bdkd_dist.errors import UserError, first_line
+from bdkd_dist.errors import UserError
 
 FORMAT = 1
 KEPT = 2
@@ -49,7 +49,7 @@ class Checkpoints:
             try:
                 return load(path)
             except Exception as error:  # torch raises many kinds for a cut or altered file
-                self.warn(f"{path} is not readable ({first_line(error)}); falling back to the one before")
+                self.warn(f"{path} is not a whole checkpoint ({type(error).__name__}); falling back to the one before")
         if self.paths():
             raise UserError(f"no checkpoint in {self.folder} is readable; delete that folder to train from the start")
         return None

@@ -278,7 +278,7 @@ class Trainer:
             "stat_names": self.stat_names,
             "recipe": self.recipe.to_dict(),
             "data_fingerprint": self.dataset.fingerprint,
-            "versions": {"bdkd-dist": __version__, "torch": torch.__version__},
+            "versions": {"bdkd-dist": __version__, "torch": str(torch.__version__)},
         }
 
     def _load(self, state: dict[str, Any] | None) -> None:

@@ -40,11 +40,8 @@ def _check_device(recipe: Recipe) -> None:
 
 
 def _check_room(recipe: Recipe) -> None:
-    with torch.device("meta"):
-        parameters = sum(
-            models.num_parameters(models.build(name, recipe.data.num_classes))
-            for name in (recipe.models.teacher, recipe.models.student)
-        )
+    pair = (recipe.models.teacher, recipe.models.student)
+    parameters = sum(models.num_parameters(models.build(name, recipe.data.num_classes)) for name in pair)
     # Weights and momentum in float32; one checkpoint more than are kept while the next is written.
     needed = parameters * 8 * (KEPT + 1) + RECORDS_BYTES
     folder = Path(recipe.run.storage).expanduser().absolute()

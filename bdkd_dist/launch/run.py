@@ -1,6 +1,5 @@
 """Train a recipe, or evaluate a run: the command lines without the command line."""
 
-import importlib.util
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,6 +12,7 @@ from rich.progress import Progress as Bar
 from bdkd_dist import config
 from bdkd_dist.config import Data, Recipe
 from bdkd_dist.data.dataset import Dataset, load_dataset
+from bdkd_dist.data.loader import chosen
 from bdkd_dist.engine.checkpoint import Checkpoints
 from bdkd_dist.engine.loop import Trainer
 from bdkd_dist.engine.observer import Observers
@@ -42,12 +42,11 @@ def train(recipe: Recipe, console: Console) -> RunFolder:
         dataset = prepared(recipe.data, console)
         check_fits(recipe, dataset)
         write_environment(folder.environment)
-        loader = recipe.data.loader if recipe.data.loader != "auto" else _loader_here()
         console.print(
             f"training {recipe.models.teacher} → {recipe.models.student} with {recipe.objective.name} on "
             f"{len(dataset.train.indices):,} images ({len(dataset.validation.indices):,} validation, "
             f"{len(dataset.test.indices):,} test), {recipe.launch.workers} worker(s), "
-            f"loader {loader}, in {folder.path}",
+            f"loader {chosen(recipe.data.loader)}, in {folder.path}",
             highlight=False,
             soft_wrap=True,
         )
@@ -115,10 +114,6 @@ def check_fits(recipe: Recipe, dataset: Dataset) -> None:
     images = len(dataset.train.indices)
     if recipe.train.batch_size > images:
         raise UserError(f"train.batch_size={recipe.train.batch_size}: larger than the {images:,} training images")
-
-
-def _loader_here() -> str:
-    return "ffcv" if importlib.util.find_spec("ffcv") else "torch"
 
 
 class _Only(Checkpoints):

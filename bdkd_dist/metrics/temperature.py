@@ -21,9 +21,9 @@ def fit_temperature(logits: Tensor, targets: Tensor) -> float:
     In β = 1/T the NLL is convex, with derivative Σ_i(E_p[z] - z_y) and second derivative Σ_i Var_p[z] under
     p = softmax(βz): Newton steps in float64, replaced by bisection where they leave the bracket.
 
-    T is bounded to [0.01, 100]: for separable samples the optimum is T → 0, for logits that say nothing T → ∞, and
-    the bound is returned. Where the NLL is flat at T = 1 to float64 precision (all logits equal, or margins so large
-    that it vanishes), 1 is returned. A NaN or infinite logit gives nan.
+    Where every sample is classified rightly there is no such T (the NLL falls all the way to T → 0), and where the NLL
+    is flat at T = 1 to float64 precision none is better: 1 is returned, no scaling. Otherwise T is bounded to
+    [0.01, 100]; for logits that say nothing the optimum is T → ∞. A NaN or infinite logit gives nan.
 
     Args:
         logits: (n, K) this rank's part, any floating dtype; n may be 0 on some ranks.
@@ -45,10 +45,10 @@ def fit_temperature(logits: Tensor, targets: Tensor) -> float:
 
     beta = 1.0
     slope, curvature = _derivatives(logits, targets, beta)
-    if slope == 0:
-        return 1.0
     if math.isnan(slope):
         return slope
+    if slope == 0 or _separable(logits, targets):
+        return 1.0
     bound = 1 / T_MAX if slope > 0 else 1 / T_MIN
     if _derivatives(logits, targets, bound)[0] * math.copysign(1, slope) >= 0:
         return 1 / bound
@@ -63,6 +63,12 @@ def fit_temperature(logits: Tensor, targets: Tensor) -> float:
             break
         slope, curvature = _derivatives(logits, targets, beta)
     return 1 / beta
+
+
+def _separable(logits: Tensor, targets: Tensor) -> bool:
+    """Return whether each sample's largest logit is its label's, over all ranks."""
+    lacking = sum(((z.amax(1) > z.gather(1, y).squeeze(1)).sum() for z, y in float64_chunks(logits, targets)), 0)
+    return int(ranks.sum_(torch.as_tensor(lacking, device=logits.device))) == 0
 
 
 def _derivatives(logits: Tensor, targets: Tensor, beta: float) -> tuple[float, float]:

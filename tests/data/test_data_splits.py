@@ -18,10 +18,13 @@ def splitmix64(salt: str, index: int) -> int:
     """SplitMix64 in plain integers, as its authors print it, seeded by the salt's SHA-256 and ``index`` steps on."""
     mask = 2**64 - 1
     key = int.from_bytes(hashlib.sha256(salt.encode()).digest()[:8], "little")
-    z = (key + index * 0x9E3779B97F4A7C15) & mask
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
-    return z ^ (z >> 31)
+    state = 0
+    for value in (key, 0, index, 0):
+        z = ((state ^ value) + 0x9E3779B97F4A7C15) & mask
+        z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
+        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
+        state = z ^ (z >> 31)
+    return state
 
 
 @given(label_arrays, fractions)
@@ -50,7 +53,7 @@ def test_a_larger_fraction_holds_out_a_superset(labels: np.ndarray, one: float, 
 def test_the_held_out_positions_stay_what_they_were() -> None:
     labels = np.arange(40) % 4
     before = np.random.get_state()[1].copy()  # noqa: NPY002
-    assert stratified(labels, 0.2)[1].tolist() == [6, 8, 10, 17, 27, 28, 33, 35]
+    assert stratified(labels, 0.2)[1].tolist() == [3, 16, 20, 21, 22, 25, 26, 39]
     np.testing.assert_array_equal(np.random.get_state()[1], before)  # noqa: NPY002
 
 

@@ -1,0 +1,150 @@
+"""Parts of the loop against hand-worked values: the moving average, the losses that are not finite, the pair."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from bdkd_dist import config
+from bdkd_dist.data.dataset import Dataset, Subset
+from bdkd_dist.data.loader import Batch, Loader
+from bdkd_dist.engine.checkpoint import Checkpoints
+from bdkd_dist.engine.loop import Diverged, Interrupted, Trainer
+from bdkd_dist.engine.observer import EvalLog, Observers, StepLog
+
+SAMPLES = 40
+
+
+class Noise(Loader):
+    """Random images, a function of the index; a real loader is tested with whole runs."""
+
+    def batches(self, epoch: int, index_batches: Sequence[np.ndarray]) -> Iterator[Batch]:
+        for indices in index_batches:
+            images = [
+                torch.randint(0, 256, (8, 8, 3), generator=torch.Generator().manual_seed(int(i))) for i in indices
+            ]
+            labels = torch.from_numpy(np.asarray(indices) % 3)
+            yield Batch(torch.stack(images).to(torch.uint8), labels, torch.from_numpy(np.asarray(indices)))
+
+    def close(self) -> None:
+        pass
+
+
+class Recorder(Observers):
+    """Keeps what it is told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps: list[StepLog] = []
+        self.evaluations: list[EvalLog] = []
+
+    def stepped(self, log: StepLog) -> None:
+        self.steps.append(log)
+
+    def evaluated(self, log: EvalLog) -> None:
+        self.evaluations.append(log)
+
+
+def trainer(folder: Path, *overrides: str, observer: Observers | None = None, stop_at: int | None = None) -> Trainer:
+    small = ["models.teacher=resnet8", "models.student=resnet8", "data.num_classes=3", "train.batch_size=8"]
+    recipe = config.load("digits", [*small, "train.epochs=2", "schedule.warmup_epochs=0", *overrides])
+    indices = np.arange(SAMPLES)
+    subset = Subset(Path(), indices, indices % 3)
+    dataset = Dataset(subset, subset, subset, ("a", "b", "c"), "fingerprint")
+    loaders = {"train": Noise(), "validation": Noise()}
+    made = Trainer(
+        recipe,
+        dataset,
+        loaders,
+        torch.device("cpu"),
+        Checkpoints(folder),
+        observer or Observers(),
+        should_stop=lambda: made.step == stop_at,
+    )
+    return made
+
+
+def test_an_epoch_is_every_sample_once_and_an_evaluation_too(tmp_path: Path) -> None:
+    observer = Recorder()
+    trainer(tmp_path, "train.log_every_steps=1", observer=observer).run()
+    assert [log.step for log in observer.steps] == list(range(1, 11))
+    assert [(log.step, log.epoch) for log in observer.evaluations] == [(5, 1), (10, 2)]
+    for log in observer.evaluations:
+        assert log.networks["student"].metrics["count"] == SAMPLES
+
+
+def test_the_moving_average_follows_the_student(tmp_path: Path) -> None:
+    made = trainer(tmp_path, "train.ema_decay=0.75")
+    student, average = made.pair.networks["student"], made.student_ema
+    assert average is not None
+    expected = {name: value.detach().double().clone() for name, value in student.named_parameters()}
+    batches = list(Noise().batches(0, np.arange(24).reshape(3, 8)))
+    made.pair.train()
+    for batch in batches:
+        made._train_step(batch)
+        for name, value in student.named_parameters():
+            expected[name] = 0.75 * expected[name] + 0.25 * value.detach().double()
+    for name, value in average.named_parameters():
+        torch.testing.assert_close(value.double(), expected[name], rtol=1e-5, atol=1e-7)
+    for ours, theirs in zip(average.buffers(), student.buffers(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_loss_that_is_not_finite_names_the_first_such_step_and_keeps_the_checkpoint(tmp_path: Path) -> None:
+    made = trainer(tmp_path, "train.log_every_steps=4", "train.checkpoint_every_steps=1")
+    step = made._train_step
+
+    def poisoned(batch: Batch) -> None:
+        if made.step == 2:
+            with torch.no_grad():
+                next(made.pair.networks["student"].parameters()).fill_(torch.nan)
+        step(batch)
+
+    made._train_step = poisoned  # type: ignore[method-assign]
+    with pytest.raises(Diverged, match=r"not finite at step 3 \(student nan.*go back to .*step-00000002\.pt"):
+        made.run()
+    kept = Checkpoints(tmp_path).load_newest()
+    assert kept is not None
+    assert all(value.isfinite().all() for value in kept["networks"]["student"].values())
+
+
+@pytest.mark.parametrize("stop_at", [1, 4, 5, 7])
+@pytest.mark.parametrize("extra", [[], ["train.ema_decay=0.9", "optimizer.clip_grad_norm=0.5", "train.precision=bf16"]])
+def test_stopped_after_any_step_it_goes_on_to_the_same_bits_and_logs(
+    tmp_path: Path, stop_at: int, extra: list[str]
+) -> None:
+    logging = ["train.log_every_steps=3", *extra]
+    whole, first, second = Recorder(), Recorder(), Recorder()
+    unbroken = trainer(tmp_path / "unbroken", *logging, observer=whole)
+    unbroken.run()
+    with pytest.raises(Interrupted):
+        trainer(tmp_path / "cut", *logging, observer=first, stop_at=stop_at).run()
+    resumed = trainer(tmp_path / "cut", *logging, observer=second)
+    assert resumed.step == stop_at
+    resumed.run()
+    for name, network in unbroken.networks.items():
+        for key, value in network.state_dict().items():
+            assert torch.equal(resumed.networks[name].state_dict()[key], value), f"{name}.{key}"
+    logs = [(log.step, log.scalars) for log in first.steps + second.steps]
+    assert logs == [(log.step, log.scalars) for log in whole.steps]
+    assert [log.step for log in first.evaluations + second.evaluations] == [5, 10]
+
+
+def test_the_pair_normalises_uint8_pixels_per_channel(tmp_path: Path) -> None:
+    made = trainer(tmp_path, "data.mean=[0.5,0.25,0.0]", "data.std=[0.5,0.25,1.0]")
+    images = torch.tensor([0, 51, 255], dtype=torch.uint8).expand(1, 2, 2, 3)
+    pixels = made.pair.normalise(images)
+    assert pixels.shape == (1, 3, 2, 2)
+    assert pixels.permute(0, 2, 3, 1).reshape(-1, 3).unique(dim=0).tolist() == [pytest.approx([-1.0, -0.2, 1.0])]
+
+
+def test_both_networks_learn_and_neither_through_the_other(tmp_path: Path) -> None:
+    made = trainer(tmp_path, "objective.name=ce")
+    made.pair.train()
+    loss, losses = made.pair(next(iter(Noise().batches(0, [np.arange(8)]))).images, torch.arange(8) % 3)
+    assert loss.item() == pytest.approx(losses.student_loss.item() + losses.teacher_loss.item())
+    losses.student_loss.backward()
+    assert all(p.grad is not None for p in made.pair.networks["student"].parameters())
+    assert all(p.grad is None for p in made.pair.networks["teacher"].parameters())
