@@ -35,19 +35,21 @@ class CrossRankBatchNorm2d(nn.BatchNorm2d):
         if not self.training or not dist.is_initialized() or dist.get_world_size() == 1:
             return super().forward(x)
         wide = x.float()
-        # Both moments travel in one message; the mean over ranks of equal parts is the mean over the whole batch.
-        moments = torch.stack((wide.mean((0, 2, 3)), wide.square().mean((0, 2, 3))))
+        # Both moments travel in one message; the mean over ranks of equal parts is the mean over the whole batch. Each
+        # rank's variance is taken about its own mean and joined in float64: E[x²] - E[x]² in float32 would cancel.
+        variance, mean = (part.double() for part in torch.var_mean(wide, (0, 2, 3), correction=0))
+        moments = torch.stack((mean, variance + mean.square()))
         mean, square = _SumOverRanks.apply(moments) / dist.get_world_size()
-        variance = (square - mean.square()).clamp_min(0)
+        variance = square - mean.square()
         if self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None:
             with torch.no_grad():
                 self.num_batches_tracked.add_(1)
                 rate = self.momentum if self.momentum is not None else 1 / float(self.num_batches_tracked)
                 count = x.numel() / x.shape[1] * dist.get_world_size()
-                self.running_mean.lerp_(mean.detach(), rate)
-                self.running_var.lerp_(variance.detach() * (count / (count - 1)), rate)
-        scale = self.weight * torch.rsqrt(variance + self.eps)
-        shift = self.bias - mean * scale
+                self.running_mean.lerp_(mean.detach().float(), rate)
+                self.running_var.lerp_((variance.detach() * (count / (count - 1))).float(), rate)
+        scale = self.weight * torch.rsqrt(variance + self.eps).float()
+        shift = self.bias - mean.float() * scale
         return (wide * scale[:, None, None] + shift[:, None, None]).to(x.dtype)
 
 

@@ -50,6 +50,8 @@ class RunFolder:
                 )
         elif self.path.is_dir() and any(_foreign(child) for child in self.path.iterdir()):
             raise UserError(f"run.name={recipe.run.name}: {self.path} exists and holds no run; choose another run.name")
+        if self.finished:
+            return  # the recipe that made the results stays beside them
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             atomic_write(self.recipe, recipe.to_yaml().encode())

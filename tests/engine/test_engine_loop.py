@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 
 from bdkd_dist import config
 from bdkd_dist.data.dataset import Dataset, Subset
@@ -148,3 +150,35 @@ def test_both_networks_learn_and_neither_through_the_other(tmp_path: Path) -> No
     losses.student_loss.backward()
     assert all(p.grad is not None for p in made.pair.networks["student"].parameters())
     assert all(p.grad is None for p in made.pair.networks["teacher"].parameters())
+
+
+def rank_main(rank: int, world: int, folder: str, batchnorm: str) -> None:
+    torch.set_num_threads(1)
+    if world > 1:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=world)
+    settings = ["optimizer.lr=0.002", "objective.gate=soft", f"train.batchnorm={batchnorm}"]
+    made = trainer(Path(folder) / "checkpoints", *settings)
+    made.run()
+    if world > 1:
+        dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_and_four_ranks_equal_one_unless_batch_norm_is_local(tmp_path: Path) -> None:
+    def weights(world: int, batchnorm: str) -> dict[str, torch.Tensor]:
+        folder = tmp_path / f"{world}-{batchnorm}"
+        folder.mkdir()
+        mp.spawn(rank_main, (world, str(folder), batchnorm), nprocs=world)
+        state = Checkpoints(folder / "checkpoints").load_newest()
+        assert state is not None
+        assert state["step"] == 10
+        return state["networks"]["student"] | {f"t.{k}": v for k, v in state["networks"]["teacher"].items()}
+
+    one = weights(1, "sync")
+    close = {"rtol": 1e-3, "atol": 1e-4}
+    for world in (2, 4):
+        several = weights(world, "sync")
+        for key, value in one.items():
+            torch.testing.assert_close(several[key], value, **close, msg=lambda text, k=key: f"{k}: {text}")
+    local = weights(2, "local")
+    assert not all(torch.allclose(local[key], value, **close) for key, value in one.items())
