@@ -281,8 +281,10 @@ def _read(recipe: str) -> dict[str, Any]:
             raise UserError(f"recipe file {recipe} does not exist")
         raise unknown("recipe", recipe, recipe_names())
     try:
-        tree = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror})") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path} holds no sections (allowed: {', '.join(Recipe.model_fields)})")

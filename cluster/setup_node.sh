@@ -67,7 +67,10 @@ stamp=$(cat requirements.txt pyproject.toml "$0" | sha256sum | cut -c1-16)-ffcv-
 if [ "$(cat $VENV/.ready 2>/dev/null)" = "$stamp" ]; then exit 0; fi
 
 find_uv
-[ -x $VENV/bin/python ] || "$UV" venv -q --python '>=3.11,<3.14' $VENV
+[ -x $VENV/bin/python ] || "$UV" venv -q --python '>=3.11,<3.14' $VENV || {
+    say "Python 3.11, 3.12 or 3.13 is needed (with its headers, for FFCV) and could not be had; install one"
+    exit 1
+}
 export VIRTUAL_ENV=$PWD/$VENV
 
 # FFCV is built here, so it stands apart: its lines of the lock, and all the others.

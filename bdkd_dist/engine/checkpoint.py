@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from bdkd_dist.errors import UserError
+from bdkd_dist.errors import UserError, first_line
 
 FORMAT = 1
 KEPT = 2
@@ -26,15 +26,25 @@ class Checkpoints:
         return sorted(self.folder.glob("step-*.pt"))
 
     def save(self, step: int, state: dict[str, Any]) -> Path:
-        """Write the state of ``step`` so that it is whole or absent, and drop all but the newest ones."""
+        """Write the state of ``step`` so that it is whole or absent, and drop all but the newest ones.
+
+        Raises:
+            UserError: The disk is full or the folder not writable.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"step-{step:08d}.pt"
         partial = path.with_suffix(".partial")
-        with partial.open("wb") as file:
-            torch.save({"format": FORMAT, "step": step, **state}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
+        try:
+            with partial.open("wb") as file:
+                torch.save({"format": FORMAT, "step": step, **state}, file)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into a RuntimeError
+            partial.unlink(missing_ok=True)
+            raise UserError(
+                f"{path} cannot be written ({first_line(error)}); the checkpoint before it is kept"
+            ) from None
         for old in self.paths()[:-KEPT]:
             old.unlink()
         return path

@@ -93,6 +93,7 @@ class Trainer:
         self.step = self.epoch = self.step_in_epoch = 0
         self.stat_names: list[str] = []
         self.history = torch.empty(0)
+        self._averaged = 0  # so many rows of it are means over ranks already
         self._load(checkpoints.load_newest())
         self.module: nn.Module = self.pair
         if self.world > 1:
@@ -198,23 +199,31 @@ class Trainer:
 
     def _read_history(self, steps: int) -> Tensor:
         """Return the last ``steps`` rows, averaged over ranks, on the CPU; stops the run where one is not finite."""
-        rows = distributed.mean_(self.history[:steps]).cpu()
+        distributed.mean_(self.history[self._averaged : steps])
+        self._averaged = steps
+        rows = self.history[:steps].cpu()
         bad = (~rows[:, :2].isfinite()).any(1).nonzero()
         if len(bad):
             row = int(bad[0])
             first = self.step - steps + row + 1
             student, teacher = rows[row, :2].tolist()
             kept = self.checkpoints.paths()
-            back = f"go back to {kept[-1]}" if kept else "there is no checkpoint before it"
+            back = f"the checkpoint before it is {kept[-1]}" if kept else "there is no checkpoint before it"
             raise Diverged(
-                f"the loss is not finite at step {first} (student {student:g}, teacher {teacher:g}); {back} "
-                "and lower optimizer.lr or set optimizer.clip_grad_norm"
+                f"the loss is not finite at step {first} (student {student:g}, teacher {teacher:g}); {back}; "
+                "train again under another run.name with a lower optimizer.lr or with optimizer.clip_grad_norm"
             )
         return rows
+
+    def _read_pending(self) -> Tensor:
+        """Return the rows since the last log."""
+        pending = self.step % self.recipe.train.log_every_steps
+        return self._read_history(pending) if pending else torch.empty(0)
 
     def _log(self) -> None:
         interval = len(self.history)
         means = self._read_history(interval).mean(0).tolist()
+        self._averaged = 0
         scalars = {f"train/{name}": value for name, value in zip(self.stat_names, means, strict=True)}
         scalars |= {f"lr/{group['name']}": group["lr"] for group in self.optimizer.param_groups}
         now = time.perf_counter()
@@ -235,11 +244,12 @@ class Trainer:
         """Whether to stop now. Several ranks ask each other only where they wait for each other anyway."""
         if self.world == 1:
             return self.should_stop()
-        if self.step % self.recipe.train.log_every_steps:
+        if self.device.type != "cpu" and self.step % self.recipe.train.log_every_steps:
             return False
         return distributed.any_rank(self.should_stop(), self.device)
 
     def _end_epoch(self) -> None:
+        self._read_pending()
         self.epoch, self.step_in_epoch = self.epoch + 1, 0
         last = self.epoch == self.recipe.train.epochs
         if last or self.epoch % self.recipe.train.evaluate_every_epochs == 0:
@@ -258,8 +268,12 @@ class Trainer:
 
     def _save(self) -> Path:
         """Checkpoint the run as it stands between two steps."""
-        pending = self.step % self.recipe.train.log_every_steps
-        rows = self._read_history(pending) if pending else torch.empty(0)
+        rows = self._read_pending()
+        if not all(torch.stack([p.isfinite().all() for p in self.pair.parameters()])):
+            raise Diverged(
+                f"a weight is not finite after step {self.step}, though the losses were; train again under another "
+                "run.name with a lower optimizer.lr or with optimizer.clip_grad_norm"
+            )
         if self.rank == 0:
             self.observer.flush()
             path = self.checkpoints.save(self.step, self._state(rows))
@@ -293,6 +307,8 @@ class Trainer:
         for name, network in self.networks.items():
             network.load_state_dict(state["networks"][name])
         self.optimizer.load_state_dict(state["optimizer"])
+        for group in self.optimizer.param_groups:
+            group["fused"] = self.device.type == "cuda"  # of this device, not of the one before
         self.scaler.load_state_dict(state["scaler"])
         self.stat_names = state["stat_names"]
         rows = state["history"]
@@ -301,3 +317,4 @@ class Trainer:
                 self.recipe.train.log_every_steps, rows.shape[1], dtype=torch.float64, device=self.device
             )
             self.history[: len(rows)] = rows
+            self._averaged = len(rows)

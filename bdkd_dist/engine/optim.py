@@ -11,7 +11,7 @@ from bdkd_dist.engine.pair import Pair
 def build_optimizer(pair: Pair, settings: Optimizer, device: torch.device) -> torch.optim.SGD:
     """Return SGD over both networks; groups are named ``teacher`` and ``student``."""
     groups = [{"params": list(network.parameters()), "name": name} for name, network in pair.networks.items()]
-    return torch.optim.SGD(
+    optimizer = torch.optim.SGD(
         groups,
         lr=settings.lr,
         momentum=settings.momentum,
@@ -19,6 +19,11 @@ def build_optimizer(pair: Pair, settings: Optimizer, device: torch.device) -> to
         weight_decay=settings.weight_decay,
         fused=device.type == "cuda",  # with a GradScaler the fused step needs no host synchronisation
     )
+    if settings.momentum:
+        # The fused step would make it of uninitialised memory, and skip filling it where fp16 overflows at once.
+        for parameter in pair.parameters():
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
 def learning_rate(step: int, steps_per_epoch: int, epochs: int, lr: float, schedule: Schedule) -> float:

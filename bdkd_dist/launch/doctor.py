@@ -14,7 +14,10 @@ from rich.table import Table
 
 from bdkd_dist.errors import first_line
 
-FFCV_COMMAND = "sudo apt-get install -y g++ pkg-config libopencv-dev libturbojpeg0-dev python3-dev && make setup"
+FFCV_COMMAND = (
+    "sudo apt-get install -y g++ pkg-config libopencv-dev libturbojpeg0-dev python3-dev "
+    "&& rm -f .venv/.ready && make setup"
+)
 NEEDED_FREE_BYTES = 5 * 2**30
 SHARED_MEMORY_BYTES = 2**30
 

@@ -49,7 +49,7 @@ def stop_on_sigint(warn: Callable[[str], None]) -> Iterator[Callable[[], bool]]:
         if pressed:
             raise KeyboardInterrupt
         pressed = True
-        warn("stopping after this step; Ctrl-C again stops at once, losing what follows the last checkpoint")
+        warn("stopping with a checkpoint; Ctrl-C again stops at once and loses what follows the last one")
 
     before = signal.signal(signal.SIGINT, handler)
     try:

@@ -10,7 +10,7 @@ import torch
 from bdkd_dist import models
 from bdkd_dist.config import Recipe
 from bdkd_dist.engine.checkpoint import KEPT
-from bdkd_dist.errors import UserError
+from bdkd_dist.errors import UserError, first_line
 
 RECORDS_BYTES = 64 * 2**20
 """Room for TensorBoard, figures and predictions of a run of usual length."""
@@ -24,7 +24,7 @@ def check(recipe: Recipe) -> None:
             "data.loader=torch gives the same batches"
         )
     _check_device(recipe)
-    _check_room(recipe)
+    _check_room(recipe, sum(_check_model(recipe, role) for role in ("teacher", "student")))
 
 
 def _check_device(recipe: Recipe) -> None:
@@ -39,9 +39,19 @@ def _check_device(recipe: Recipe) -> None:
         raise UserError(f"launch.workers={workers}: Ray is not installed here; launch.workers=1 needs none")
 
 
-def _check_room(recipe: Recipe) -> None:
-    pair = (recipe.models.teacher, recipe.models.student)
-    parameters = sum(models.num_parameters(models.build(name, recipe.data.num_classes)) for name in pair)
+def _check_model(recipe: Recipe, role: str) -> int:
+    """Return the network's number of parameters, having seen it take images of the recipe's size."""
+    name, px = getattr(recipe.models, role), recipe.data.image_px
+    network = models.build(name, recipe.data.num_classes).eval()
+    try:
+        with torch.inference_mode():
+            network(torch.zeros(1, 3, px, px))
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"models.{role}={name} does not take data.image_px={px} ({first_line(error)})") from None
+    return models.num_parameters(network)
+
+
+def _check_room(recipe: Recipe, parameters: int) -> None:
     # Weights and momentum in float32; one checkpoint more than are kept while the next is written.
     needed = parameters * 8 * (KEPT + 1) + RECORDS_BYTES
     folder = Path(recipe.run.storage).expanduser().absolute()

@@ -9,6 +9,7 @@ import pickle
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -18,6 +19,7 @@ from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
 from bdkd_dist import config
 from bdkd_dist.config import Recipe
+from bdkd_dist.data.loader import DataError
 from bdkd_dist.engine import distributed
 from bdkd_dist.engine.loop import Diverged, Interrupted
 from bdkd_dist.engine.observer import EvalLog, Observer, StepLog
@@ -28,6 +30,8 @@ from bdkd_dist.launch.run_folder import RunFolder
 from bdkd_dist.launch.worker import work
 
 POLL_S = 0.25
+ENDS = {"finished": None, "interrupted": Interrupted, "diverged": Diverged, "mistaken": UserError, "damaged": DataError}
+"""How a rank says that it ended, and what the driver raises."""
 
 
 class RelayedProgress:
@@ -70,7 +74,11 @@ def train(recipe: Recipe, folder: RunFolder, progress: Observer, warn: Callable[
         relay = ray.remote(num_cpus=0)(Relay).remote()
         trainer = TorchTrainer(
             _worker,
-            train_loop_config={"recipe": recipe.to_dict(), "folder": folder.path.absolute(), "relay": relay},
+            train_loop_config={
+                "recipe": _with_absolute_paths(recipe).to_dict(),
+                "folder": folder.path.absolute(),
+                "relay": relay,
+            },
             torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if cuda else "gloo"),
             scaling_config=ScalingConfig(num_workers=workers, use_gpu=cuda, resources_per_worker={"CPU": 1}),
             run_config=RunConfig(
@@ -104,7 +112,7 @@ def _fit(trainer: Any, relay: Any, progress: Observer, warn: Callable[[str], Non
             alive = thread.is_alive()
             for method, pickled in ray.get(relay.drain.remote()):
                 arguments = pickle.loads(pickled)
-                if method in ("finished", "interrupted", "diverged", "mistaken"):
+                if method in ENDS:
                     outcome = (method, arguments)
                 elif method == "warn":
                     warn(*arguments)
@@ -113,7 +121,8 @@ def _fit(trainer: Any, relay: Any, progress: Observer, warn: Callable[[str], Non
             if pressed() and not asked:
                 relay.request_stop.remote()
                 asked = True
-            if not alive:
+            # Where one rank fails the others wait for it: they are not waited for here.
+            if not alive or outcome[0] in ("mistaken", "damaged"):
                 break
             time.sleep(POLL_S)
     if failure:
@@ -123,13 +132,17 @@ def _fit(trainer: Any, relay: Any, progress: Observer, warn: Callable[[str], Non
 
 def _raise(outcome: tuple[str, tuple[Any, ...]]) -> None:
     method, arguments = outcome
-    if method == "interrupted":
-        raise Interrupted(*arguments)
-    if method == "diverged":
-        raise Diverged(*arguments)
-    if method == "mistaken":
-        raise UserError(*arguments)
-    assert method == "finished", "Ray Train ended without an error and rank 0 did not say how"
+    assert method in ENDS, "Ray Train ended without an error and rank 0 did not say how"
+    if (kind := ENDS[method]) is not None:
+        raise kind(*arguments)
+
+
+def _with_absolute_paths(recipe: Recipe) -> Recipe:
+    """Return the recipe for workers, whose working directory is another."""
+    places = {"cache": str(Path(recipe.data.cache).expanduser().absolute())}
+    if recipe.data.root is not None:
+        places["root"] = str(Path(recipe.data.root).expanduser().absolute())
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update=places)})
 
 
 def _worker(settings: dict[str, Any]) -> None:
@@ -137,8 +150,11 @@ def _worker(settings: dict[str, Any]) -> None:
     recipe, relay = config.from_dict(settings["recipe"]), settings["relay"]
 
     def tell(method: str, *arguments: Any) -> None:
+        ray.get(relay.tell.remote(method, pickle.dumps(arguments)))
+
+    def tell_once(method: str, *arguments: Any) -> None:
         if distributed.rank() == 0:
-            ray.get(relay.tell.remote(method, pickle.dumps(arguments)))
+            tell(method, *arguments)
 
     def should_stop() -> bool:
         return distributed.rank() == 0 and ray.get(relay.stop_requested.remote())
@@ -152,12 +168,14 @@ def _worker(settings: dict[str, Any]) -> None:
             device,
             RelayedProgress(tell),
             should_stop,
-            lambda line: tell("warn", line),
+            lambda line: tell_once("warn", line),
         )
-        tell("finished")
+        tell_once("finished")
     except Interrupted as stop:
-        tell("interrupted", stop.step, stop.checkpoint)
+        tell_once("interrupted", stop.step, stop.checkpoint)
     except Diverged as error:
-        tell("diverged", str(error))
+        tell_once("diverged", str(error))
     except UserError as error:
         tell("mistaken", str(error))
+    except DataError as error:
+        tell("damaged", str(error))

@@ -13,15 +13,15 @@ from bdkd_dist import config
 from bdkd_dist.config import Data, Recipe
 from bdkd_dist.data.dataset import Dataset, load_dataset
 from bdkd_dist.data.loader import chosen
-from bdkd_dist.engine.checkpoint import Checkpoints
+from bdkd_dist.engine.checkpoint import Checkpoints, load
 from bdkd_dist.engine.loop import Trainer
 from bdkd_dist.engine.observer import Observers
 from bdkd_dist.errors import UserError
 from bdkd_dist.launch import local, preflight, worker
 from bdkd_dist.launch.run_folder import RunFolder
 from bdkd_dist.records.environment import write_environment
+from bdkd_dist.records.files import atomic_write
 from bdkd_dist.records.progress import Progress
-from bdkd_dist.records.results import read_results
 
 
 def train(recipe: Recipe, console: Console) -> RunFolder:
@@ -35,12 +35,13 @@ def train(recipe: Recipe, console: Console) -> RunFolder:
     preflight.check(recipe)
     folder = RunFolder.of(recipe)
     with folder.locked():
-        folder.claim(recipe)
+        folder.check_owner(recipe)
         if folder.finished:
             console.print(f"{folder.path} is finished; to train again choose another run.name or delete it")
             return folder
         dataset = prepared(recipe.data, console)
         check_fits(recipe, dataset)
+        atomic_write(folder.recipe, recipe.to_yaml().encode())
         write_environment(folder.environment)
         console.print(
             f"training {recipe.models.teacher} → {recipe.models.student} with {recipe.objective.name} on "
@@ -65,33 +66,37 @@ def train(recipe: Recipe, console: Console) -> RunFolder:
 
 
 def evaluate(run: Path, overrides: Sequence[str], console: Console) -> RunFolder:
-    """Evaluate a run's newest checkpoint, or the checkpoint given, and write its results, figures and predictions.
+    """Evaluate a run's newest checkpoint, or the checkpoint given; write results, figures and predictions.
+
+    Those of a finished run's last checkpoint go where the run's end put them; those of any other checkpoint into
+    ``evaluations/step-…`` of the run folder, so that the run can go on.
 
     Args:
         run: A run folder or a file in its ``checkpoints``.
         overrides: For this evaluation alone, e.g. ``data.root=…`` where the images lie elsewhere now.
         console: Where progress goes.
+
+    Returns:
+        The folder that holds the results.
     """
-    folder = RunFolder(run.parents[1] if run.is_file() else run)
+    run = run.resolve()
+    folder = RunFolder(run.parent.parent if run.is_file() else run)
     recipe = _overridden(folder.read_recipe(), overrides)
-    checkpoints = Checkpoints(folder.checkpoints)
-    if run.is_file():
-        checkpoints = _Only(run)
-    elif not checkpoints.paths():
-        raise UserError(f"{folder.path} holds no checkpoint yet")
     recipe = recipe.model_copy(update={"launch": recipe.launch.model_copy(update={"workers": 1})})
+    preflight.check(recipe)
+    checkpoints = _Only(run) if run.is_file() else Checkpoints(folder.checkpoints)
+    if not checkpoints.paths():
+        raise UserError(f"{folder.path} holds no checkpoint yet")
     dataset = prepared(recipe.data, console)
     device = torch.device("cuda" if local.wants_cuda(recipe) else "cpu")
     with ExitStack() as stack:
+        stack.enter_context(folder.locked())
         loaders = worker.open_loaders(recipe, dataset, stack)
         trainer = Trainer(recipe, dataset, loaders, device, checkpoints, Observers())
-        worker.finish(trainer, folder)
-    return folder
-
-
-def results(folder: RunFolder) -> dict[str, Any]:
-    """Return what the run's end, or an evaluation, wrote."""
-    return read_results(folder.results)
+        last = folder.finished and trainer.epoch == recipe.train.epochs
+        target = folder if last else RunFolder(folder.path / "evaluations" / f"step-{trainer.step:08d}")
+        worker.finish(trainer, target)
+    return target
 
 
 def prepared(data: Data, console: Console) -> Dataset:
@@ -125,6 +130,12 @@ class _Only(Checkpoints):
 
     def paths(self) -> list[Path]:
         return [self._path]
+
+    def load_newest(self) -> dict[str, Any]:
+        try:
+            return load(self._path)
+        except Exception as error:  # as Checkpoints: torch raises many kinds
+            raise UserError(f"{self._path} is not a whole checkpoint ({type(error).__name__})") from None
 
 
 def _overridden(recipe: Recipe, overrides: Sequence[str]) -> Recipe:

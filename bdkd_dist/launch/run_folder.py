@@ -10,7 +10,6 @@ import yaml
 from bdkd_dist import config
 from bdkd_dist.config import Recipe
 from bdkd_dist.errors import UserError
-from bdkd_dist.records.files import atomic_write
 
 
 class RunFolder:
@@ -33,30 +32,24 @@ class RunFolder:
 
     @property
     def finished(self) -> bool:
-        """Whether the run came to its end."""
+        """Whether the run came to its end: results are written last."""
         return self.results.is_file()
 
-    def claim(self, recipe: Recipe) -> None:
-        """Make the folder the recipe's.
+    @property
+    def begun(self) -> bool:
+        """Whether there is something of a run to lose."""
+        return self.finished or any(self.checkpoints.glob("step-*.pt"))
 
-        Raises:
-            UserError: It holds a run that would compute something else, or files that are not a run's.
-        """
-        if self.recipe.is_file():
+    def check_owner(self, recipe: Recipe) -> None:
+        """Raise UserError where the folder holds a run that would compute something else, or foreign files."""
+        if self.recipe.is_file() and self.begun:
             for key, there, here in config.differences(self.read_recipe(), recipe):
                 raise UserError(
                     f"run.name={recipe.run.name}: {self.path} belongs to another recipe ({key} is {there} there, "
                     f"{here} here); choose another run.name"
                 )
-        elif self.path.is_dir() and any(_foreign(child) for child in self.path.iterdir()):
+        elif not self.recipe.is_file() and self.path.is_dir() and any(_foreign(child) for child in self.path.iterdir()):
             raise UserError(f"run.name={recipe.run.name}: {self.path} exists and holds no run; choose another run.name")
-        if self.finished:
-            return  # the recipe that made the results stays beside them
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            atomic_write(self.recipe, recipe.to_yaml().encode())
-        except OSError as error:
-            raise UserError(f"run.storage={recipe.run.storage}: {error.strerror or error}") from None
 
     def read_recipe(self) -> Recipe:
         """Return the resolved recipe that is kept here."""
@@ -70,14 +63,18 @@ class RunFolder:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the folder against a second process; the lock dies with its holder."""
+        lock = filelock.FileLock(self.path / "run.lock", timeout=0)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            with filelock.FileLock(self.path / "run.lock", timeout=0):
-                yield
+            lock.acquire()
         except filelock.Timeout:
-            raise UserError(f"{self.path} is being trained by another process; choose another run.name") from None
+            raise UserError(f"{self.path} is in use by another process; choose another run.name") from None
         except OSError as error:
             raise UserError(f"run.storage: {self.path}: {error.strerror or error}") from None
+        try:
+            yield
+        finally:
+            lock.release()
 
 
 def _foreign(path: Path) -> bool:

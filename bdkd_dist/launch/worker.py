@@ -91,7 +91,7 @@ def finish(trainer: Trainer, folder: RunFolder) -> None:
     if gathered is None:
         return
     indices, labels, networks = gathered
-    folder.predictions.mkdir(exist_ok=True)
+    folder.predictions.mkdir(parents=True, exist_ok=True)
     write_predictions(folder.predictions / "test.parquet", indices, labels, networks, dataset.class_names)
     folder.figures.mkdir(exist_ok=True)
     for split, by_network in states.items():

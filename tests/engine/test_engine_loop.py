@@ -105,7 +105,9 @@ def test_a_loss_that_is_not_finite_names_the_first_such_step_and_keeps_the_check
         step(batch)
 
     made._train_step = poisoned  # type: ignore[method-assign]
-    with pytest.raises(Diverged, match=r"not finite at step 3 \(student nan.*go back to .*step-00000002\.pt"):
+    with pytest.raises(
+        Diverged, match=r"not finite at step 3 \(student nan.*the checkpoint before it is .*step-00000002\.pt"
+    ):
         made.run()
     kept = Checkpoints(tmp_path).load_newest()
     assert kept is not None
@@ -113,7 +115,10 @@ def test_a_loss_that_is_not_finite_names_the_first_such_step_and_keeps_the_check
 
 
 @pytest.mark.parametrize("stop_at", [1, 4, 5, 7])
-@pytest.mark.parametrize("extra", [[], ["train.ema_decay=0.9", "optimizer.clip_grad_norm=0.5", "train.precision=bf16"]])
+@pytest.mark.parametrize(
+    "extra",
+    [[], ["train.ema_decay=0.9", "optimizer.clip_grad_norm=0.5", "train.precision=bf16"], ["train.precision=fp16"]],
+)
 def test_stopped_after_any_step_it_goes_on_to_the_same_bits_and_logs(
     tmp_path: Path, stop_at: int, extra: list[str]
 ) -> None:
@@ -132,6 +137,28 @@ def test_stopped_after_any_step_it_goes_on_to_the_same_bits_and_logs(
     logs = [(log.step, log.scalars) for log in first.steps + second.steps]
     assert logs == [(log.step, log.scalars) for log in whole.steps]
     assert [log.step for log in first.evaluations + second.evaluations] == [5, 10]
+
+
+def test_a_weight_that_is_not_finite_is_not_kept(tmp_path: Path) -> None:
+    made = trainer(tmp_path, "train.checkpoint_every_steps=2")
+    step = made._train_step
+
+    def poisoned(batch: Batch) -> None:
+        step(batch)
+        if made.step == 4:
+            with torch.no_grad():
+                next(made.pair.networks["teacher"].parameters()).fill_(torch.inf)
+
+    made._train_step = poisoned  # type: ignore[method-assign]
+    with pytest.raises(Diverged, match="a weight is not finite after step 4"):
+        made.run()
+    assert [path.name for path in Checkpoints(tmp_path).paths()] == ["step-00000002.pt"]
+
+
+def test_momentum_starts_at_zero(tmp_path: Path) -> None:
+    made = trainer(tmp_path)
+    buffers = [made.optimizer.state[p]["momentum_buffer"] for p in made.pair.parameters()]
+    assert all(buffer.count_nonzero() == 0 for buffer in buffers)
 
 
 def test_the_pair_normalises_uint8_pixels_per_channel(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ def refused(arguments: list[str]) -> str:
         (["train.batch_size=4000"], ["train.batch_size=4000", "340 training images"]),
         (["data.train_limit=100000"], ["data.train_limit=100000"]),
         (["models.student=resnet9"], ["resnet9", "did you mean 'resnet"]),
+        (["models.teacher=inception_v3"], ["models.teacher=inception_v3", "data.image_px=32"]),
         (["launch.device=cuda"], ["launch.device=cuda", "GPU"]),
         (["data.dataset=files"], ["data.root", "Parquet", "train/<class>"]),
         (["data.dataset=files", "data.root=/nowhere/at/all"], ["data.root=/nowhere/at/all", "does not exist"]),
@@ -45,6 +46,12 @@ def test_a_run_folder_of_another_recipe_is_kept(cache: Path, tmp_path: Path) -> 
     assert "belongs to another recipe" in line
     assert "objective.name" in line
     assert (tmp_path / "run/results.json").read_bytes() == before
+
+
+def test_a_refused_start_does_not_take_the_folder(cache: Path, tmp_path: Path) -> None:
+    refused(command(cache, tmp_path, "data.num_classes=7"))
+    refused(command(cache, tmp_path, "train.batch_size=400"))
+    execute(command(cache, tmp_path, "train.epochs=1", "data.loader=torch"))
 
 
 def test_a_folder_with_other_files_is_not_taken(cache: Path, tmp_path: Path) -> None:
@@ -67,6 +74,7 @@ def test_no_room_on_the_disk_is_said_before_training(cache: Path, tmp_path: Path
 
 
 def test_evaluate_of_no_run(tmp_path: Path) -> None:
+    assert "is not a run folder" in refused([str(BDKD), "evaluate", str(tmp_path / "nowhere")])
     assert "is not a run folder" in refused([str(BDKD), "evaluate", str(tmp_path)])
 
 

@@ -1,6 +1,7 @@
 """Whole runs by the real command line: what a run folder holds, going on after kills, one and several workers."""
 
 import json
+import os
 import signal
 from pathlib import Path
 
@@ -120,7 +121,10 @@ def test_ctrl_c_finishes_the_step_and_says_how_to_go_on(
     status, output = break_off(arguments, reached(tmp_path / "run", 3), signal.SIGINT)
     assert status == 130, output
     assert "go on with: bdkd train digits" in output
-    assert 3 <= final_state(tmp_path / "run")["step"] < 10
+    step = final_state(tmp_path / "run")["step"]
+    assert 3 <= step < 10
+    execute([str(BDKD), "evaluate", str(tmp_path / "run")])  # looks at it as it stands, and does not end it
+    assert (tmp_path / f"run/evaluations/step-{step:08d}/results.json").is_file()
     execute(arguments)
     assert_same_weights(tmp_path / "run", unbroken)
     assert (tmp_path / "run/metrics.jsonl").read_bytes() == (unbroken / "metrics.jsonl").read_bytes()
@@ -184,7 +188,8 @@ class TestTwoWorkers:
 
 @pytest.mark.ray
 def test_ctrl_c_stops_two_workers_at_one_step_and_ray_goes_with_them(cache: Path, tmp_path: Path) -> None:
-    arguments = command(cache, tmp_path, "launch.workers=2")
+    # Ray's workers run in another directory: a relative place must be the driver's.
+    arguments = command(Path(os.path.relpath(cache)), tmp_path, "launch.workers=2")
     status, output = break_off(arguments, reached(tmp_path / "run", 3), signal.SIGINT)
     assert status == 130, output
     assert "go on with: bdkd train digits" in output
