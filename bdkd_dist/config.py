@@ -200,7 +200,8 @@ NOT_IDENTITY = ("run.", "launch.", "data.root", "data.download", "data.loader", 
 def differences(one: Recipe, other: Recipe) -> Iterator[tuple[str, Any, Any]]:
     """Yield (dotted key, value in one, value in other) where two recipes would compute different things."""
     flat_one, flat_other = flatten(one.to_dict()), flatten(other.to_dict())
-    for key in sorted(flat_one.keys() | flat_other.keys()):
+    # Names first: where the objective is another one, its parameters differ only as a consequence.
+    for key in sorted(flat_one.keys() | flat_other.keys(), key=lambda k: (not k.endswith(".name"), k)):
         if not key.startswith(NOT_IDENTITY) and flat_one.get(key) != flat_other.get(key):
             yield key, flat_one.get(key), flat_other.get(key)
 

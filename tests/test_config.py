@@ -122,3 +122,5 @@ def test_differences_ignore_where_and_how_a_run_runs() -> None:
     assert list(config.differences(recipe, moved)) == []
     changed = config.load("digits", ["objective.nu_reverse=3"])
     assert list(config.differences(recipe, changed)) == [("objective.nu_reverse", 2.0, 3.0)]
+    other = config.load("digits", ["objective.name=dml"])
+    assert next(config.differences(recipe, other)) == ("objective.name", "bdkd", "dml")

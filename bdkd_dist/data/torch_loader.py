@@ -102,7 +102,7 @@ class TorchLoader(Loader):
                 yield Batch(*loaded)
         except DataError:
             raise
-        except RuntimeError as error:  # the DataLoader's word for a process that was killed
+        except (RuntimeError, OSError, EOFError) as error:  # a process was killed, maybe while it handed over a batch
             self.close()
             raise DataError(f"{self._batches.beton.path}: loading failed: {error}") from error
 

