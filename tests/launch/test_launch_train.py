@@ -139,15 +139,15 @@ class TestTwoWorkers:
     gentle = ("optimizer.lr=0.002", "objective.gate=soft")
 
     @pytest.fixture(scope="class")
-    def two(self, loader: str, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    def two(self, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         storage = tmp_path_factory.mktemp("two")
-        execute(command(cache, storage, f"data.loader={loader}", "launch.workers=2", *self.gentle))
+        execute(command(cache, storage, "launch.workers=2", *self.gentle))
         return storage / "run"
 
     @pytest.fixture(scope="class")
-    def one(self, loader: str, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    def one(self, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         storage = tmp_path_factory.mktemp("one")
-        execute(command(cache, storage, f"data.loader={loader}", *self.gentle))
+        execute(command(cache, storage, *self.gentle))
         return storage / "run"
 
     def test_they_equal_one_process_within_float_tolerance(self, two: Path, one: Path) -> None:
@@ -175,10 +175,8 @@ class TestTwoWorkers:
         index = pq.read_table(two / "predictions/test.parquet")["index"].to_numpy()
         assert len(np.unique(index)) == len(index) == ours["test"]["student"]["raw"]["count"]
 
-    def test_killed_inside_an_epoch_they_end_with_the_same_bits(
-        self, two: Path, loader: str, cache: Path, tmp_path: Path
-    ) -> None:
-        arguments = command(cache, tmp_path, f"data.loader={loader}", "launch.workers=2", *self.gentle)
+    def test_killed_inside_an_epoch_they_end_with_the_same_bits(self, two: Path, cache: Path, tmp_path: Path) -> None:
+        arguments = command(cache, tmp_path, "launch.workers=2", *self.gentle)
         break_off(arguments, reached(tmp_path / "run", 3), signal.SIGKILL)
         execute(arguments)
         assert_same_weights(tmp_path / "run", two)
