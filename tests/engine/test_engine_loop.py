@@ -187,6 +187,7 @@ def rank_main(rank: int, world: int, folder: str, batchnorm: str) -> None:
     made = trainer(Path(folder) / "checkpoints", *settings)
     made.run()
     if world > 1:
+        dist.barrier()  # a rank that leaves while another still talks to it can crash that one
         dist.destroy_process_group()
 
 
