@@ -62,6 +62,37 @@ def evaluate(
 
 
 @app.command()
+def prepare(
+    source: Annotated[
+        str, typer.Argument(help="A path or URI as data.root takes, or digits, cifar10, cifar100.", show_default=False)
+    ],
+    out: Annotated[Path, typer.Argument(help="A new folder, on a file system that all who train can read.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="data.threads, data.image_px, data.download.")
+    ] = None,
+    max_side: Annotated[int, typer.Option(metavar="PX", help="Larger images are shrunk to this longer side.")] = 512,
+    quality: Annotated[int, typer.Option(metavar="1-100", help="Of JPEGs that have to be encoded anew.")] = 90,
+    check: Annotated[
+        str, typer.Option(metavar="full|headers", help="Decode every image, or trust JPEGs that have head and end.")
+    ] = "full",
+    undecodable: Annotated[
+        str, typer.Option(metavar="stop|leave-out", help="What an image does that cannot be decoded.")
+    ] = "stop",
+    address: Annotated[
+        str | None,
+        typer.Option(metavar="RAY", help="Convert on this Ray cluster: auto, HOST:PORT, or local."),
+    ] = None,
+) -> None:
+    """Turn a data set into files for fast loading; the same command goes on where it was cut off."""
+    from bdkd_dist.launch import prepare as launched
+
+    rules = launched.rules_of(max_side, quality, check, undecodable)
+    outcome = launched.prepare(source, out, rules, console, address, overrides or ())
+    for line in outcome.lines():
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command()
 def doctor() -> None:
     """Say what is missing on this machine, and the command that mends it."""
     from bdkd_dist.launch.doctor import examine, table

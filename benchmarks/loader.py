@@ -1,9 +1,11 @@
 """Images per second of the two loaders, beside FFCV's own loader, torchvision's, and decoding alone.
 
 All read the same JPEGs (in the operating system's cache) and make random resized crops of 224 px with flips, as for
-ImageNet; `decode only` decodes every JPEG in full with FFCV's native decoder and does nothing else, so it is the
-limit of any loader that decodes whole images with it. Every contestant has the same number of threads or processes.
+ImageNet. torchvision's v2 transforms come twice, behind Pillow and behind its own decoder. `decode only` decodes every
+JPEG in full with libjpeg-turbo (as FFCV calls it: the fast transform) and does nothing else: the floor that only a
+loader can pass which decodes less. Every contestant has the same number of threads or processes.
 Each first reads all images once, uncounted; then all take turns, and the median of the repeats counts.
+Last comes the time from the start of a fresh Python to the first batch of our fast loader, its kernels compiled before.
 
     python benchmarks/loader.py --data FOLDER --threads 2     # FOLDER holds train-*.parquet with a column `image`
     python benchmarks/loader.py --synthetic --threads 2       # 500x375 JPEGs made up here
@@ -16,6 +18,8 @@ import io
 import os
 import platform
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -45,6 +49,7 @@ def main() -> None:
         write(beton, list(jpegs))
         speeds = measure(contestants(beton, arguments.batch_size, arguments.threads), arguments.repeats)
         report(speeds, Beton(beton), arguments)
+        report_start(beton, arguments)
 
 
 def parse() -> argparse.Namespace:
@@ -93,14 +98,15 @@ def contestants(beton: Path, batch_size: int, threads: int) -> dict[str, Contest
         "ffcv (ours)": ours("ffcv", beton, batch_size, threads),
         "torch (ours)": ours("torch", beton, batch_size, threads),
         "ffcv (stock)": stock_ffcv(beton, batch_size, threads),
-        "torchvision": torchvision(beton, batch_size, threads),
+        "torchvision (PIL)": torchvision(_Pillow(beton), batch_size, threads),
+        "torchvision (own)": torchvision(_Decoded(beton), batch_size, threads),
         "decode only": decode_only(beton, threads),
     }
 
 
 def ours(kind: str, beton: Path, batch_size: int, threads: int) -> Contestant:
     transform = Transform(PX, "resized", 0, 0.08, 4 / 3, True, 0.875, 0)
-    loader = open_loader(kind, beton, transform, threads)  # type: ignore[arg-type]
+    loader = open_loader(kind, Beton(beton), transform, threads)  # type: ignore[arg-type]
     indices = np.arange(len(Beton(beton)))
 
     def epoch(number: int) -> int:
@@ -128,7 +134,7 @@ def stock_ffcv(beton: Path, batch_size: int, threads: int) -> Contestant:
     return lambda number: count(batch[0] for batch in loader)
 
 
-class _Photographs(torch.utils.data.Dataset[tuple[torch.Tensor, int]]):
+class _Pillow(torch.utils.data.Dataset[tuple[torch.Tensor, int]]):
     def __init__(self, beton: Path) -> None:
         from torchvision.transforms import v2
 
@@ -143,9 +149,23 @@ class _Photographs(torch.utils.data.Dataset[tuple[torch.Tensor, int]]):
             return self.transform(image.convert("RGB")), int(self.beton.labels[index])
 
 
-def torchvision(beton: Path, batch_size: int, threads: int) -> Contestant:
+class _Decoded(_Pillow):
+    def __init__(self, beton: Path) -> None:
+        from torchvision.transforms import v2
+
+        super().__init__(beton)
+        self.transform = v2.Compose([v2.RandomResizedCrop(PX), v2.RandomHorizontalFlip()])
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        from torchvision.io import ImageReadMode, decode_jpeg
+
+        encoded = torch.from_numpy(self.beton.encoded(index).copy())
+        return self.transform(decode_jpeg(encoded, mode=ImageReadMode.RGB)), int(self.beton.labels[index])
+
+
+def torchvision(images: _Pillow, batch_size: int, threads: int) -> Contestant:
     loader = torch.utils.data.DataLoader(
-        _Photographs(beton),
+        images,
         batch_size,
         shuffle=True,
         drop_last=True,
@@ -202,15 +222,40 @@ def report(speeds: dict[str, list[float]], beton: Beton, arguments: argparse.Nam
         f"{len(beton)} JPEGs, typically {pixels:.0f} px square; crops of {PX} px; "
         f"batches of {arguments.batch_size}; {arguments.threads} threads or processes; {arguments.repeats} repeats"
     )
-    print(f"{'':14}{'images/s':>10}{'slowest':>10}{'fastest':>10}")
+    print(f"{'':18}{'images/s':>10}{'slowest':>10}{'fastest':>10}")
     for name, values in speeds.items():
-        print(f"{name:14}{statistics.median(values):10.0f}{min(values):10.0f}{max(values):10.0f}")
+        print(f"{name:18}{statistics.median(values):10.0f}{min(values):10.0f}{max(values):10.0f}")
     median = {name: statistics.median(values) for name, values in speeds.items()}
-    print(f"ffcv/stock-ffcv = {median['ffcv (ours)'] / median['ffcv (stock)']:.2f}")
-    print(f"torch/torchvision = {median['torch (ours)'] / median['torchvision']:.2f}")
-    print(f"ffcv/torch = {median['ffcv (ours)'] / median['torch (ours)']:.2f}")
-    print(f"ffcv/decode-only = {median['ffcv (ours)'] / median['decode only']:.2f}")
-    print(f"torch/decode-only = {median['torch (ours)'] / median['decode only']:.2f}")
+    ours, floor = median["ffcv (ours)"], median["decode only"]
+    best = max(median["torchvision (PIL)"], median["torchvision (own)"])
+    print(f"torch/torchvision-PIL = {median['torch (ours)'] / median['torchvision (PIL)']:.2f}")
+    print(f"ffcv/torch = {ours / median['torch (ours)']:.2f}")
+    print(f"ffcv/stock-ffcv = {ours / median['ffcv (stock)']:.2f}")
+    print(f"ffcv/best-torchvision = {ours / best:.2f}")
+    print(f"ffcv/decode-only = {ours / floor:.2f}")
+
+
+FIRST_BATCH = """
+import sys, time
+import numpy as np
+from bdkd_dist.data.augment import Transform
+from bdkd_dist.data.beton import Beton
+from bdkd_dist.data.loader import open_loader
+loader = open_loader("ffcv", Beton(sys.argv[1]), Transform({px}, "resized", 0, 0.08, 4 / 3, True, 0.875, 0), {threads})
+next(loader.batches(0, [np.arange({batch_size})]))
+print(time.time())
+"""
+
+
+def report_start(beton: Path, arguments: argparse.Namespace) -> None:
+    """Print the seconds from the start of a process to its first batch; its end is not counted."""
+    code = FIRST_BATCH.format(px=PX, threads=arguments.threads, batch_size=arguments.batch_size)
+    durations = []
+    for _ in range(arguments.repeats):
+        start = time.time()
+        done = subprocess.run([sys.executable, "-c", code, str(beton)], check=True, capture_output=True, text=True)
+        durations.append(float(done.stdout) - start)
+    print(f"process start to first batch, warm: {statistics.median(durations):.2f} s")
 
 
 def processor() -> str:

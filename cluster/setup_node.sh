@@ -5,6 +5,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 readonly FFCV_PACKAGES=(g++ pkg-config libopencv-dev libturbojpeg0-dev python3-dev)
+readonly NATIVE=bdkd_dist/data/native/jpeg.c  # built with the project; its headers come with FFCV's packages
 readonly VENV=.venv
 readonly FFCV_LOG=$VENV/ffcv-build.log
 
@@ -47,7 +48,8 @@ ffcv_lacks() {
 
 # What .venv is made from. It does not say that FFCV is there: a build that failed is not tried again each time.
 situation() {
-    echo "$(cat requirements.txt pyproject.toml "$0" | sha256sum | cut -c1-16), for FFCV lacking: ${lacks[*]:-nothing}"
+    local files=(requirements.txt pyproject.toml "$0" "$NATIVE")
+    echo "$(cat "${files[@]}" 2>/dev/null | sha256sum | cut -c1-16), for FFCV lacking: ${lacks[*]:-nothing}"
 }
 
 # uv from the PATH, or a pinned one in a small environment of its own.

@@ -3,15 +3,19 @@
 import io
 import json
 import pickle
+import tarfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 from PIL import Image
 
 from bdkd_dist.config import Data
+from bdkd_dist.data.sources import Source, open_source
+from bdkd_dist.errors import UserError
 
 FILE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
@@ -38,6 +42,20 @@ def encode(pixels: np.ndarray | Image.Image, kind: str = "PNG", **options: Any) 
     return file.getvalue()
 
 
+PNGS = [encode(noise(4, 4, seed)) for seed in range(6)]
+"""Small images, all different."""
+
+
+def refuse(complaint: str, **settings: object) -> None:
+    """Check what opening a source complains of."""
+    with pytest.raises(UserError, match=complaint):
+        open_source(data(**settings))
+
+
+def images(source: Source, split: str) -> list[object]:
+    return [sample.image for sample in source.splits[split].iterate()]
+
+
 def write_shard(
     path: Path,
     images: list[bytes | None],
@@ -54,6 +72,21 @@ def write_shard(
         table = table.replace_schema_metadata({"class_names": json.dumps(names)})
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(table, path, **options)
+
+
+def write_splits(root: Path, **splits: list[int]) -> None:
+    """Write a shard of each split, of so many images with these labels."""
+    for name, labels in splits.items():
+        write_shard(root / f"{name}-00000-of-00001.parquet", PNGS[: len(labels)], labels)
+
+
+def write_tar(path: Path, members: dict[str, bytes]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
 
 
 def write_folder(root: Path, counts: dict[str, dict[str, int]], side_px: int = 16) -> None:

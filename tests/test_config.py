@@ -19,7 +19,7 @@ def test_every_shipped_recipe_loads_and_reads_back_equal(name: str) -> None:
 def test_recipes_of_the_pairs_are_all_there() -> None:
     pairs = {"r32x4_r8x4", "r56_r20", "r110_r32", "wrn40_2_wrn16_2", "vgg13_vgg8"}
     expected = {f"{data}_{pair}" for data in ("cifar10", "cifar100") for pair in pairs}
-    assert set(config.recipe_names()) == expected | {"digits", "clothing_r34_r18"}
+    assert set(config.recipe_names()) == expected | {"digits", "clothing_r34_r18", "imagenet_r34_r18"}
 
 
 def test_a_base_is_merged_below_its_recipe() -> None:
@@ -70,7 +70,16 @@ def test_changing_the_objective_drops_the_former_ones_parameters(tmp_path: Path)
         (["objective.nu_reverse=-1"], ["objective.nu_reverse=-1.0 is not allowed (allowed: finite, >= 0)"]),
         (["objective.name=dml", "objective.nu_reverse=2"], ["objective.nu_reverse"]),
         (["optimizer.lr=nan"], ["optimizer.lr=nan", "finite"]),
-        (["launch.workers=3"], ["train.batch_size=64", "launch.workers=3"]),
+        (["launch.workers=33"], ["train.batch_size=64", "less than two images", "launch.workers=33"]),
+        (["data.cache=process"], ["data.cache=process needs data.order=quasi_random", "data.order=random"]),
+        (["data.cache=process", "data.order=quasi_random", "data.loader=torch"], ["FFCV", "data.loader=torch"]),
+        (["data.cache=ram"], ["data.cache=ram", "'os' or 'process'"]),
+        (["data.stage=ssd"], ["data.stage=ssd", "'shared', 'local' or 'memory'"]),
+        (["data.resize.start_px=16"], ["data.resize"]),
+        (["data.resize={start_px: 16, end_px: 32, to_epoch: 0}"], ["data.resize"]),
+        (["data.resize={start_px: 20, end_px: 32, to_epoch: 5}"], ["start_px=20", "multiple_px=32"]),
+        (["data.resize={start_px: 32, end_px: 64, from_epoch: 5, to_epoch: 5}"], ["to_epoch=5", "from_epoch=5"]),
+        (["data.augment.hue=0.7"], ["data.augment.hue=0.7", "0.5"]),
         (["schedule.kind=step"], ["schedule.milestones"]),
         (["schedule.kind=step", "schedule.milestones=[4,3]"], ["milestones must rise"]),
         (["optimizer.momentum=0"], ["nesterov"]),

@@ -207,7 +207,7 @@ def test_the_doctor_names_the_command_and_the_log(
     monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
     absent = doctor._ffcv()
     assert absent.status == "optional"
-    assert absent.found == "not installed; the torch loader gives the same batches"
+    assert absent.found == "not installed; its files are read without it"
     assert absent.mend == f"{prefix}apt-get install -y {PACKAGES} && rm -f .venv/.ready && make setup"
     (tmp_path / "ffcv-build.log").touch()
     assert f"it did not build: {tmp_path}/ffcv-build.log" in doctor._ffcv().found

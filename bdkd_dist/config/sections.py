@@ -27,6 +27,42 @@ class Augmentation(Section):
     max_aspect: float = Field(4 / 3, ge=1)
     """Boxes of ``resized`` have an aspect ratio in [1/max_aspect, max_aspect], uniform in its logarithm."""
     flip: bool = True
+    brightness: float = Field(0.0, ge=0, le=1)
+    contrast: float = Field(0.0, ge=0, le=1)
+    saturation: float = Field(0.0, ge=0, le=1)
+    """Colour jitter: factors uniform in [1 - x, 1 + x] (torchvision's ``ColorJitter``)."""
+    hue: float = Field(0.0, ge=0, le=0.5)
+    """Shift of the hue, uniform in [-x, x] of the whole circle."""
+    rand_ops: int = Field(0, ge=0, le=8)
+    """RandAugment (Cubuk et al. 2020): so many operations a sample, drawn from its set; 0 is none."""
+    rand_magnitude: int = Field(9, ge=0, le=30)
+    cutout_px: int = Field(0, ge=0, le=1024)
+    """Side of a square with its centre anywhere in the image that takes the mean colour (DeVries and Taylor 2017)."""
+    mixup_alpha: float = Field(0.0, ge=0)
+    """Mix each image and its target with its partner's by a share from Beta(α, α) (Zhang et al. 2018); 0 is none."""
+    cutmix_alpha: float = Field(0.0, ge=0)
+    """Paste a box of the partner's image whose area is a share from Beta(α, α) (Yun et al. 2019); 0 is none. With
+    both, a coin decides for each sample."""
+
+
+class Resize(Section):
+    """Progressive resizing: training images grow from ``start_px`` to ``end_px`` between two epochs."""
+
+    start_px: int = Field(ge=8, le=1024)
+    end_px: int = Field(ge=8, le=1024)
+    from_epoch: int = Field(0, ge=0)
+    to_epoch: int = Field(ge=1)
+    multiple_px: int = Field(32, ge=1)
+    """Sizes are rounded to multiples of this."""
+
+    @model_validator(mode="after")
+    def _rises(self) -> "Resize":
+        if self.to_epoch <= self.from_epoch:
+            raise ValueError(f"to_epoch={self.to_epoch} must come after from_epoch={self.from_epoch}")
+        for key in ("start_px", "end_px"):
+            if getattr(self, key) % self.multiple_px:
+                raise ValueError(f"{key}={getattr(self, key)} is no multiple of multiple_px={self.multiple_px}")
+        return self
 
 
 class Data(Section):
@@ -36,7 +72,8 @@ class Data(Section):
     """``digits`` ships inside scikit-learn; ``cifar10`` and ``cifar100`` come from ``root`` or by ``download``;
     ``files`` are the user's own under ``root``."""
     root: str | None = Field(None, min_length=1)
-    """A folder of Parquet shards, or an image folder ``train/<class>/…``."""
+    """A data set that ``bdkd prepare`` made, a folder of Parquet shards or of tars, or an image folder
+    ``train/<class>/…``; the last three also as a URI (``s3://…``, ``gs://…``)."""
     download: bool = False
     """Let torchvision fetch CIFAR (needs a network)."""
     num_classes: int = Field(ge=2)
@@ -55,12 +92,25 @@ class Data(Section):
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     """Normalisation of pixels scaled to [0, 1], per RGB channel."""
     augment: Augmentation = Augmentation()
-    loader: Literal["auto", "ffcv", "torch"] = "auto"
-    """``auto``: FFCV where it is installed, otherwise torch's DataLoader. Both give the same batches."""
+    resize: Resize | None = None
+    """Train on smaller images at first; evaluation is at ``image_px`` throughout."""
+    order: Literal["random", "quasi_random"] = "random"
+    """``quasi_random``: for sets larger than memory; few pages of the files are in use at once (see docs/data.md)."""
+    loader: Literal["auto", "ffcv", "torch", "resident"] = "auto"
+    """``auto``: FFCV where it is installed, otherwise torch's DataLoader; ``resident``: all images stay on the device
+    as uint8 (small sets of images of one size). All give the same batches."""
     threads: int | None = Field(None, ge=1)
     """Decoding threads (FFCV) or processes (torch) per worker; by default the worker's share of the cores."""
-    cache: str = "~/.cache/bdkd-dist"
-    """Where prepared data sets are kept and shared by runs."""
+    prepared: str = "~/.cache/bdkd-dist"
+    """Where data sets that were prepared on the way are kept and shared by runs."""
+    stage: Literal["shared", "local", "memory"] = "shared"
+    """Read prepared files where they lie (``shared``), or from a copy that the workers of a node share: on its own disk
+    (``local``) or in its memory (``memory``)."""
+    stage_folder: str | None = Field(None, min_length=1)
+    """Where ``stage=local`` keeps its copies; by default a folder of the user's in the node's temporary folder."""
+    cache: Literal["os", "process"] = "os"
+    """Who keeps pages of the files in memory: the operating system, or this process (needs
+    ``order=quasi_random``; for file systems that are slow to map)."""
 
     @model_validator(mode="after")
     def _positive_std(self) -> "Data":
@@ -205,8 +255,14 @@ class Recipe(Section):
             )
         if self.train.compile and self.train.gradient_shares:
             raise ValueError("train.gradient_shares does not go with train.compile; leave one of them out")
-        if batch % workers:
-            raise ValueError(f"train.batch_size={batch} does not divide among launch.workers={workers}")
+        if batch < 2 * workers:
+            raise ValueError(f"train.batch_size={batch} is less than two images for each of launch.workers={workers}")
+        if self.data.cache == "process" and self.data.order != "quasi_random":
+            raise ValueError(
+                f"data.cache=process needs data.order=quasi_random: data.order={self.data.order} uses all pages at once"
+            )
+        if self.data.cache == "process" and self.data.loader in ("torch", "resident"):
+            raise ValueError(f"data.cache=process is of the FFCV loader; data.loader={self.data.loader} has none")
         if self.schedule.kind == "step" and not self.schedule.milestones:
             raise ValueError("schedule.kind=step needs schedule.milestones, e.g. schedule.milestones=[15,18]")
         if self.schedule.warmup_epochs >= self.train.epochs:
@@ -228,7 +284,10 @@ class Recipe(Section):
 
 
 # Where and how fast a run runs, not what it computes: these may differ when a run goes on.
-NOT_IDENTITY = ("run.", "launch.", "data.root", "data.download", "data.loader", "data.threads", "data.cache")
+NOT_IDENTITY = (
+    *("run.", "launch.", "data.root", "data.download", "data.loader", "data.threads"),
+    *("data.prepared", "data.stage", "data.cache"),
+)
 
 
 def differences(one: Recipe, other: Recipe) -> Iterator[tuple[str, Any, Any]]:

@@ -20,8 +20,11 @@ With the same samples and page size the writer's file equals that of FFCV's own 
 byte for byte.
 """
 
+import ctypes
 import io
+import mmap
 import os
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -35,6 +38,8 @@ JPEG, RAW = 0, 1
 MIN_PAGE_BYTES = 2**21
 MAX_PAGE_BYTES = 2**31
 MAX_SIDE_PX = 2**16 - 1
+WRITE_BYTES = 2**22
+MAP_FIXED = 0x10  # of <sys/mman.h>, the same on Linux and macOS
 
 HEADER = np.dtype(
     [
@@ -67,7 +72,7 @@ class BetonWriter:
 
     Args:
         path: The file to write; it is written as ``<path>.partial`` and renamed at the end.
-        num_samples: How many samples will be appended.
+        num_samples: How many samples will be appended at most: room for their metadata is kept.
         page_bytes: The unit of FFCV's reading, a power of two from 2 MiB to 2 GiB.
     """
 
@@ -82,7 +87,7 @@ class BetonWriter:
         self._allocations = np.zeros(num_samples, ALLOCATION)
         self._done = 0
         self._end = _align(METADATA_OFFSET + self._samples.nbytes, page_bytes)
-        self._file = self.partial.open("wb")
+        self._file = self.partial.open("wb", WRITE_BYTES)
 
     def __enter__(self) -> "BetonWriter":
         return self
@@ -109,18 +114,18 @@ class BetonWriter:
         """Write the tables, bring the file to the disk and give it its name.
 
         Raises:
-            UserError: Fewer samples were appended than declared; nothing is left behind.
+            UserError: No sample was appended; nothing is left behind.
         """
-        if self._done != len(self._samples):
+        if self._done == 0:
             self._discard()
-            raise UserError(f"{self.path}: {self._done} samples came, {len(self._samples)} were declared")
+            raise UserError(f"{self.path}: no sample came, {len(self._samples)} were declared")
         table = _align(self._end, self.page_bytes)
         header = np.array([(VERSION, len(FIELDS), self.page_bytes, self._done, table)], HEADER)
         with self._file as file:
             file.seek(0)
-            file.write(header.tobytes() + FIELDS.tobytes() + self._samples.tobytes())
+            file.write(header.tobytes() + FIELDS.tobytes() + self._samples[: self._done].tobytes())
             file.seek(table)
-            file.write(self._allocations.tobytes())
+            file.write(self._allocations[: self._done].tobytes())
             file.flush()
             os.fsync(file.fileno())
         self.partial.replace(self.path)
@@ -133,7 +138,8 @@ class BetonWriter:
         offset = self._place(len(content))
         self._samples[self._done] = (mode, width, height, offset, label)
         self._allocations[self._done] = (self._done, offset, len(content))
-        self._file.seek(offset)
+        if self._done == 0 or offset != self._end:  # to seek is to write what is buffered
+            self._file.seek(offset)
         self._file.write(content)
         self._done += 1
         self._end = offset + len(content)
@@ -149,47 +155,71 @@ class BetonWriter:
         return _align(self._end, self.page_bytes) if crosses else self._end
 
     def _discard(self) -> None:
-        self._file.close()
+        with suppress(OSError):  # a full disk does not take what is still buffered
+            self._file.close()
         self.partial.unlink(missing_ok=True)
 
 
 class Beton:
-    """A memory-mapped file of images and labels.
+    """The images and labels of one or several files, mapped into memory one behind the other and read as one.
 
     Attributes:
+        paths: The files, in order.
+        bytes: (total,) uint8, read-only: all files, each from a multiple of the operating system's page on.
         labels: (N,) int64.
         heights: (N,) int64, in pixels.
         widths: (N,) int64, in pixels.
         is_jpeg: (N,) bool; the others are raw pixels.
+        offsets: (N,) int64: where each sample's stored bytes begin in ``bytes``.
+        sizes: (N,) int64: how many they are.
+        pages: (N,) int64: the number of the page that holds each sample, counted through all files.
+        in_page: (N,) int64: where in its page each sample's stored bytes begin.
 
     Raises:
-        UserError: The file is missing, truncated, no beton, or has another version or other fields.
+        UserError: A file is missing, truncated, no beton, or has another version or other fields.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        self._bytes = _map(self.path)
-        samples, allocations = self._tables()
+    def __init__(self, *paths: str | Path) -> None:
+        assert paths
+        self.paths = tuple(Path(path) for path in paths)
+        self.bytes, spans = _map(self.paths)
+        tables = [_Tables(path, self.bytes[span]) for path, span in zip(self.paths, spans, strict=True)]
+        counts = [len(table.samples) for table in tables]
+        samples = np.concatenate([table.samples for table in tables])
         self.labels = samples["label"].astype(np.int64)
         self.heights = samples["height"].astype(np.int64)
         self.widths = samples["width"].astype(np.int64)
         self.is_jpeg = samples["mode"] == JPEG
-        self._offsets = samples["offset"].astype(np.int64)
-        self._sizes = self._sizes_of(allocations)
-        raw_bytes = self.heights * self.widths * 3
-        if not np.all(self.is_jpeg | ((samples["mode"] == RAW) & (self._sizes == raw_bytes))):
-            raise UserError(f"{self.path} is damaged: raw images do not have their size")
+        self.offsets = samples["offset"].astype(np.int64) + np.repeat([span.start for span in spans], counts)
+        self.sizes = np.concatenate([table.sizes for table in tables])
+        self._firsts = np.cumsum([0, *counts])[:-1]
+        self._page_firsts = np.cumsum([0, *(table.num_pages for table in tables)])
+        self._tables = tables
+        self.pages = np.concatenate([t.pages + first for t, first in zip(tables, self._page_firsts, strict=False)])
+        self.in_page = np.concatenate([table.in_page for table in tables])
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __reduce__(self) -> tuple[type["Beton"], tuple[Path]]:
-        return Beton, (self.path,)  # another process maps the file itself
+    def __reduce__(self) -> tuple[type["Beton"], tuple[Path, ...]]:
+        return Beton, self.paths  # another process maps the files itself
+
+    def named(self, index: int) -> str:
+        """Return how a message names a sample: its file and its place in it."""
+        file = self._file_of(index)
+        return f"{self.paths[file]}: sample {index - self._firsts[file]}"
+
+    def page(self, number: int) -> tuple[Path, int, int]:
+        """Return the file that holds a page, the page's offset in it and its size in bytes."""
+        file = int(np.searchsorted(self._page_firsts, number, side="right")) - 1
+        table = self._tables[file]
+        offset = int(number - self._page_firsts[file]) * table.page_bytes
+        return table.path, offset, min(table.page_bytes, table.file_bytes - offset)
 
     def encoded(self, index: int) -> npt.NDArray[np.uint8]:
         """Return a sample's stored bytes, without a copy and read-only: a JPEG file, or H·W·3 raw bytes."""
-        start = self._offsets[index]
-        return self._bytes[start : start + self._sizes[index]]
+        start = self.offsets[index]
+        return self.bytes[start : start + self.sizes[index]]
 
     def pixels(self, index: int) -> npt.NDArray[np.uint8]:
         """Return a sample as (H, W, 3) uint8; raw pixels come without a copy and read-only."""
@@ -201,41 +231,108 @@ class Beton:
         with Image.open(io.BytesIO(content.tobytes())) as image:
             return np.asarray(image.convert("RGB"))
 
-    def _tables(self) -> tuple[np.ndarray, np.ndarray]:
-        size = len(self._bytes)
+    def _file_of(self, index: int) -> int:
+        return int(np.searchsorted(self._firsts, index, side="right")) - 1
+
+
+class _Tables:
+    """One file's tables, checked.
+
+    Attributes:
+        samples: (n,) of :data:`SAMPLE`.
+        sizes: (n,) int64, bytes of each sample.
+        pages: (n,) int64, the page of each sample.
+        in_page: (n,) int64, where in its page it begins.
+        page_bytes: The file's own page size.
+        num_pages: Whole and partial pages of the file.
+    """
+
+    def __init__(self, path: Path, content: npt.NDArray[np.uint8]) -> None:
+        self.path, self.file_bytes = path, len(content)
+        self.samples, allocations = self._read(content)
+        self.sizes = self._sizes_of(allocations)
+        raw_bytes = self.samples["height"].astype(np.int64) * self.samples["width"] * 3
+        if not np.all((self.samples["mode"] == JPEG) | ((self.samples["mode"] == RAW) & (self.sizes == raw_bytes))):
+            raise UserError(f"{path} is damaged: raw images do not have their size")
+        self.pages, self.in_page = np.divmod(self.samples["offset"].astype(np.int64), self.page_bytes)
+        self.num_pages = -(-self.file_bytes // self.page_bytes)
+
+    def _read(self, content: npt.NDArray[np.uint8]) -> tuple[np.ndarray, np.ndarray]:
+        size = len(content)
         if size < METADATA_OFFSET:
             raise UserError(f"{self.path} is not a beton file, or is truncated ({size} bytes)")
-        header = self._bytes[: HEADER.itemsize].view(HEADER)[0]
+        header = content[: HEADER.itemsize].view(HEADER)[0]
         if header["version"] != VERSION:
             raise UserError(f"{self.path} is not a beton file of version {VERSION}")
-        fields = self._bytes[HEADER.itemsize : METADATA_OFFSET].view(FIELD)
+        fields = content[HEADER.itemsize : METADATA_OFFSET].view(FIELD)
         if header["num_fields"] != len(FIELDS) or not np.array_equal(
             fields[["type", "name"]], FIELDS[["type", "name"]]
         ):
             raise UserError(f"{self.path} does not hold the two fields image (RGB) and label (integer)")
+        self.page_bytes = int(header["page_bytes"])
+        if not (MIN_PAGE_BYTES <= self.page_bytes <= MAX_PAGE_BYTES and self.page_bytes.bit_count() == 1):
+            raise UserError(f"{self.path} is damaged: its pages have {self.page_bytes} bytes")
         count, table = int(header["num_samples"]), int(header["table_offset"])
         metadata_end = METADATA_OFFSET + count * SAMPLE.itemsize
         if not metadata_end <= table or size != table + count * ALLOCATION.itemsize:
             raise UserError(f"{self.path} is truncated: it has {size} bytes")
-        return self._bytes[METADATA_OFFSET:metadata_end].view(SAMPLE), self._bytes[table:].view(ALLOCATION)
+        return content[METADATA_OFFSET:metadata_end].view(SAMPLE), content[table:].view(ALLOCATION)
 
     def _sizes_of(self, allocations: np.ndarray) -> npt.NDArray[np.int64]:
         """Return each sample's size; FFCV's writer with several workers leaves the table out of order."""
         table = np.sort(allocations, order="offset")
-        place = np.searchsorted(table["offset"], self._offsets).clip(max=len(table) - 1)
+        offsets = self.samples["offset"].astype(np.int64)
+        place = np.searchsorted(table["offset"], offsets).clip(max=len(table) - 1)
         sizes = table["bytes"][place].astype(np.int64)
-        inside = self._offsets + sizes <= len(self._bytes) - allocations.nbytes
-        if not np.all((table["offset"][place] == self._offsets) & inside):
+        inside = offsets + sizes <= self.file_bytes - allocations.nbytes
+        if not np.all((table["offset"][place] == offsets) & inside):
             raise UserError(f"{self.path} is damaged: its tables do not agree")
         return sizes
 
 
-def _map(path: Path) -> npt.NDArray[np.uint8]:
+def _map(paths: tuple[Path, ...]) -> tuple[npt.NDArray[np.uint8], list[slice]]:
+    """Map files into one span of addresses; return it, and where each file lies in it.
+
+    Space is reserved by an anonymous mapping that belongs to Python, and the files are mapped over it: when the last
+    array on it is gone, all of it is given back.
+    """
+    spans, end = [], 0
+    for path in paths:
+        try:
+            size = path.stat().st_size
+        except FileNotFoundError:
+            raise UserError(f"{path} does not exist") from None
+        if size == 0:
+            raise UserError(f"{path} is not a beton file (it is empty)")
+        spans.append(slice(end, end + size))
+        end = _align(end + size, mmap.PAGESIZE)
+    reserved = mmap.mmap(-1, end, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, prot=mmap.PROT_READ)
+    joined = np.frombuffer(reserved, np.uint8)
+    for path, span in zip(paths, spans, strict=True):
+        _map_over(path, joined.ctypes.data + span.start, span.stop - span.start)
+    return joined, spans
+
+
+def _map_over(path: Path, address: int, size: int) -> None:
+    """Map a file read-only over reserved addresses, which Python's own ``mmap`` cannot do."""
+    system = ctypes.CDLL(None, use_errno=True)
+    system.mmap.restype = ctypes.c_void_p
+    system.mmap.argtypes = [
+        ctypes.c_void_p,
+        ctypes.c_size_t,
+        ctypes.c_int,
+        ctypes.c_int,
+        ctypes.c_int,
+        ctypes.c_longlong,
+    ]
     try:
-        return np.asarray(np.memmap(path, np.uint8, mode="r"))
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist") from None
-    except (OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            if system.mmap(address, size, mmap.PROT_READ, mmap.MAP_SHARED | MAP_FIXED, descriptor, 0) != address:
+                raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+        finally:
+            os.close(descriptor)
+    except OSError as error:
         raise UserError(f"{path} is not a beton file ({error})") from None
 
 

@@ -1,168 +1,151 @@
-"""The fast loader: FFCV's pipeline and native JPEG decoder, with this project's order, augmentation and error handling.
+"""The fast loader: threads of this process that decode FFCV's files with native code.
 
-What FFCV 1.0.2 does otherwise and this file mends: its crops and flips draw from one generator shared by all threads;
-an exception in its thread leaves the consumer waiting for ever; a JPEG that fails to decode passes unseen; it sets
-torch's number of threads for the whole process; its loader compiles for 5 to 15 s.
+Of FFCV it takes the file format, and where our decoder (:mod:`bdkd_dist.data.jpeg`) is not built the one in FFCV's
+native library. The order, the augmentation, the compiled loop over samples and the thread that reads ahead are ours:
+FFCV's Python, which is not even imported, takes 3 s for that alone and compiles each loader for 5 to 15 s, draws crops
+and flips from one generator shared by all threads, leaves the consumer waiting for ever when its thread fails, does not
+see that a JPEG failed to decode, and sets torch's number of threads for the whole process.
 """
 
 import ctypes
+import importlib.util
 import logging
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
 from pathlib import Path
-from queue import Full
-from typing import Any
+from queue import Full, Queue
+from typing import Any, Literal, Protocol
 
-import numba
 import numpy as np
 import torch
 from llvmlite import binding  # type: ignore[import-untyped]
 
+from bdkd_dist.data import jpeg
 from bdkd_dist.data.augment import Transform
 from bdkd_dist.data.beton import Beton
-from bdkd_dist.data.kernels import DECODER_SYMBOL, decode_and_render
-from bdkd_dist.data.loader import Batch, DataError, Loader, check_sizes
+from bdkd_dist.data.kernels import DECODER_SYMBOL, Pixels, decode_and_render
+from bdkd_dist.data.loader import Batch, DataError, Loader
 from bdkd_dist.data.order import Indices
 from bdkd_dist.data.torch_loader import placements_of, render_sample
 
-
-@contextmanager
-def _thread_counts_kept() -> Iterator[None]:
-    """FFCV sets the thread counts of torch and numba, on import too: put them back."""
-    torch_threads, numba_threads = torch.get_num_threads(), numba.get_num_threads()
-    try:
-        yield
-    finally:
-        torch.set_num_threads(torch_threads)
-        numba.set_num_threads(numba_threads)
-
-
-with _thread_counts_kept():
-    from ffcv.fields.rgb_image import SimpleRGBImageDecoder
-    from ffcv.libffcv import lib
-    from ffcv.loader import Loader as _FFCVLoader
-    from ffcv.loader.epoch_iterator import EpochIterator
-    from ffcv.memory_managers import OSCacheManager
-    from ffcv.memory_managers.os_cache import OSCacheContext
-    from ffcv.pipeline import Compiler, PipelineSpec
-    from ffcv.pipeline.graph import Graph
-    from ffcv.pipeline.state import State
-    from ffcv.reader import Reader
-
-binding.add_symbol(DECODER_SYMBOL, ctypes.cast(lib.imdecode, ctypes.c_void_p).value)
-
 logger = logging.getLogger(__name__)
 
+BATCHES_AHEAD = 2
 PARTS_PER_THREAD = 4  # images differ in cost: threads that finish early take another part of the batch
 
-
-class _SeededDecoder(SimpleRGBImageDecoder):
-    """Decodes and places samples as told; it allocates nothing, as every batch has memory of its own."""
-
-    def declare_state_and_memory(self, previous_state: State) -> tuple[State, None]:
-        return previous_state, None
-
-    def generate_code(self) -> Callable[..., None]:
-        return lambda indices, memory, metadata, storage: decode_and_render(indices, *memory, metadata, *storage)
+u64, i32 = ctypes.c_uint64, ctypes.c_int32
 
 
-class _MappedFile(OSCacheManager):
-    """FFCV's own constructor builds dictionaries of sets over all samples: 6 s and 0.6 GB for ImageNet."""
+def _ffcvs_decoder() -> Any:
+    """Return FFCV's ``imdecode`` dressed as ``bdkd_decode``: it decodes whole images, faster and less exactly.
 
-    def __init__(self, reader: Reader) -> None:
-        self.reader = reader
-        table = np.sort(reader.alloc_table, order="ptr")
-        self.ptrs, self.sizes = table["ptr"].copy(), table["size"].copy()
-        self.context = OSCacheContext(self)
+    Raises:
+        ImportError: FFCV's native library is absent or does not load.
+    """
+    spec = importlib.util.find_spec("ffcv")
+    folders = spec.submodule_search_locations if spec else None
+    found = [path for folder in folders or () for path in Path(folder).glob("_libffcv*")]
+    try:
+        (library,) = found
+        imdecode = ctypes.CDLL(str(library)).imdecode
+    except (OSError, ValueError) as error:
+        ffcv = f"FFCV does not load ({error})" if spec else "FFCV is not installed"
+        raise ImportError(f"the native decoder is not built here, and {ffcv}") from None
+    imdecode.argtypes = [u64, u64, i32, i32, u64, *[i32] * 6, ctypes.c_bool, ctypes.c_bool]
 
+    @ctypes.CFUNCTYPE(i32, u64, u64, i32, i32, i32, u64, u64)
+    def decode(encoded: int, size: int, height: int, width: int, reduction: int, window: int, out: int) -> int:
+        (i32 * 4).from_address(window)[:] = [0, 0, -(-height // reduction), -(-width // reduction)]
+        return int(imdecode(encoded, size, height, width, out, height, width, 0, 0, 1, reduction, False, False))
 
-class _Pipeline(_FFCVLoader):
-    """What FFCV's iterator needs of its loader. Only the image field is decoded; labels are in the metadata."""
-
-    batches_ahead = 2
-
-    def __init__(self, beton: Path) -> None:
-        self.reader = Reader(str(beton))
-        self.memory_manager = _MappedFile(self.reader)
-        self.batch_size = 0  # each iteration sets its own
-        places = {name: place for place, name in enumerate(self.reader.handlers)}
-        specs = {"image": PipelineSpec("image", transforms=[_SeededDecoder()])}
-        self.graph = Graph(specs, self.reader.handlers, places, self.reader.metadata, memory_read=None)
-        Compiler.set_enabled(False)  # the decoder's code is compiled already, once for all loaders and kept on disk
-        try:
-            self.generate_code()
-        finally:
-            Compiler.set_enabled(True)
-
-    def decode(self, indices: Indices, metadata: np.ndarray, storage: Any, memory: Any) -> None:
-        """Run FFCV's one stage on some samples."""
-        ((stage, (node,)),), _ = self.code
-        shared: dict[str, Any] = {f"memory_{node}": memory, f"shared_memory_{node}": None}
-        stage(batch_indices=indices, metadata=metadata, storage_state=storage, **shared)
+    return decode
 
 
-class _Epoch(EpochIterator):
-    """FFCV's loading thread, whose exceptions reach the consumer and which ends when asked to."""
+if jpeg.available():
+    _decoder = jpeg.library().bdkd_decode  # type: ignore[union-attr]
+else:
+    _decoder = _ffcvs_decoder()
+    logger.warning("the native decoder is not built here (run: make setup); FFCV's decodes whole images, more slowly")
+binding.add_symbol(DECODER_SYMBOL, ctypes.cast(_decoder, ctypes.c_void_p).value)
+
+
+class Storage(Protocol):
+    """Where the stored bytes of an epoch's batches are."""
+
+    def fetch(self, number: int, /) -> tuple[Pixels, Indices]:
+        """Return flat bytes and where in them each sample of a batch begins, once they are in memory."""
+
+    def release(self, number: int, /) -> None:
+        """Say that a batch's bytes are not needed any more."""
+
+
+class _Mapped:
+    """The mapped files as they are: the operating system reads and keeps them."""
+
+    def __init__(self, beton: Beton, index_batches: Sequence[Indices]) -> None:
+        self.beton, self.index_batches = beton, index_batches
+
+    def fetch(self, number: int) -> tuple[Pixels, Indices]:
+        return self.beton.bytes, self.beton.offsets[self.index_batches[number]]
+
+    def release(self, number: int) -> None:
+        pass
+
+
+class _Epoch(threading.Thread):
+    """Loads an epoch's batches, at most ``BATCHES_AHEAD`` ahead; its exceptions reach the consumer."""
 
     def __init__(self, owner: "FFCVLoader", epoch: int, index_batches: Sequence[Indices]) -> None:
-        self.owner, self.epoch = owner, epoch
+        super().__init__(name="bdkd-epoch", daemon=True)
+        self.owner, self.epoch, self.index_batches = owner, epoch, index_batches
         self.device = torch.cuda.current_device() if torch.cuda.is_available() else None
-        owner.pipeline.batch_size = len(index_batches[0])
-        super().__init__(owner.pipeline, np.concatenate(index_batches))  # starts the thread
+        self.loaded: Queue[Batch | BaseException | None] = Queue(BATCHES_AHEAD)
+        self.left = threading.Event()
+        self.start()
 
     def run(self) -> None:
         try:
             if self.device is not None:
                 torch.cuda.set_device(self.device)  # a new thread would pin memory through the first device
-            for number, indices in enumerate(self.iter_ixes):
-                if not self._offer(self.run_pipeline(number, indices, 0, None)):
-                    return
+            self._offer_all()
             self._offer(None)
         except BaseException as error:
             self._offer(error)
 
-    def run_pipeline(self, b_ix: int, batch_indices: Indices, batch_slot: int, cuda_event: None) -> Batch:
-        """Load one batch; slots and events are unused, as no memory is used twice."""
-        beton, transform = self.owner.beton, self.owner.transform
-        count, px = len(batch_indices), transform.image_px
-        images = torch.empty((count, px, px, 3), dtype=torch.uint8, pin_memory=self.device is not None)
-        placements = placements_of(beton, transform, self.epoch, batch_indices)
-        failures = np.zeros(count, np.int32)
-
-        def decode(part: slice) -> None:
-            memory = (images.numpy()[part], placements[part], failures[part])
-            self.loader.decode(batch_indices[part], self.metadata, self.storage_state, memory)
-
-        list(self.owner.threads.map(decode, self.owner.parts(count)))
-        for place in np.flatnonzero(failures):
-            self.owner.repair(int(batch_indices[place]), placements[place], images[place].numpy())
-        labels, indices = torch.from_numpy(beton.labels[batch_indices]), torch.from_numpy(batch_indices)
-        if self.device is not None:
-            labels, indices = labels.pin_memory(), indices.pin_memory()
-        return Batch(images, labels, indices)
-
-    def __next__(self) -> Batch:
-        item = self.output_queue.get()
-        if item is None:
-            raise StopIteration
-        if isinstance(item, DataError):
-            raise item
-        if isinstance(item, BaseException):
-            raise DataError(f"{self.owner.beton.path}: the loading thread failed: {item!r}") from item
-        return item
+    def __iter__(self) -> Iterator[Batch]:
+        while (item := self.loaded.get()) is not None:
+            if isinstance(item, DataError):
+                raise item
+            if isinstance(item, BaseException):
+                raise DataError(f"{self.owner.beton.paths[0].parent}: the loading thread failed: {item!r}") from item
+            yield item
 
     def close(self) -> None:
-        self.terminate_event.set()
-        if self.is_alive():
-            self.join()
+        """End the thread."""
+        self.left.set()
+        self.join()
+
+    def _offer_all(self) -> None:
+        numbers = range(len(self.index_batches))
+        with self.owner.storage(self.index_batches) as storage:
+            following = self.owner.begin(self.epoch, self.index_batches[0], *storage.fetch(0))
+            for number in numbers:
+                finish = following
+                if (after := number + 1) in numbers:  # threads that are done with this batch begin the next
+                    following = self.owner.begin(self.epoch, self.index_batches[after], *storage.fetch(after))
+                batch = finish()
+                storage.release(number)
+                if not self._offer(batch):
+                    return
 
     def _offer(self, item: Batch | BaseException | None) -> bool:
         """Hand an item to the consumer; returns whether it is still there."""
-        while not self.terminate_event.is_set():
+        while not self.left.is_set():
             try:
-                self.output_queue.put(item, timeout=0.1)
+                self.loaded.put(item, timeout=0.1)
                 return True
             except Full:
                 pass
@@ -172,17 +155,19 @@ class _Epoch(EpochIterator):
 class FFCVLoader(Loader):
     """Reads with threads of this process; see :func:`~.loader.open_loader`."""
 
-    def __init__(self, beton: Path, transform: Transform, threads: int) -> None:
-        self.beton = Beton(beton)  # checks the file, which FFCV does not
-        self.transform = transform
-        self.pipeline = _Pipeline(beton)
+    def __init__(
+        self, beton: Beton, transform: Transform, threads: int, cache: Literal["os", "process"] = "os"
+    ) -> None:
+        self.beton, self.transform, self.cache = beton, transform, cache
         self.threads = ThreadPoolExecutor(threads, thread_name_prefix="bdkd-decode")
         self._num_threads = threads
+        self._scratch_bytes = int(np.max(beton.heights * beton.widths * beton.is_jpeg)) * 3
+        self._local = threading.local()
         self._repaired: set[int] = set()
+        self._compile()
 
     def batches(self, epoch: int, index_batches: Sequence[Indices]) -> Iterator[Batch]:
         """See :meth:`Loader.batches`."""
-        check_sizes(index_batches)
         if not index_batches:
             return
         loading = _Epoch(self, epoch, index_batches)
@@ -195,17 +180,69 @@ class FFCVLoader(Loader):
         """See :meth:`Loader.close`."""
         self.threads.shutdown()
 
-    def parts(self, count: int) -> list[slice]:
+    def storage(self, index_batches: Sequence[Indices]) -> AbstractContextManager[Storage]:
+        """Open the stored bytes of these batches, as ``data.cache`` says."""
+        if self.cache == "os":
+            return nullcontext(_Mapped(self.beton, index_batches))
+        from bdkd_dist.data.pages import Pages
+
+        return Pages(self.beton, index_batches)
+
+    def begin(self, epoch: int, indices: Indices, content: Pixels, offsets: Indices) -> Callable[[], Batch]:
+        """Let the threads make a batch of samples whose stored bytes begin at ``offsets`` of ``content``.
+
+        Returns:
+            What waits for it and returns it; its memory is its own.
+        """
+        beton, count, px = self.beton, len(indices), self.transform.px(epoch)
+        pinned = torch.cuda.is_available()
+        images = torch.empty((count, px, px, 3), dtype=torch.uint8, pin_memory=pinned)
+        placements = placements_of(beton, self.transform, epoch, indices)
+        failures = np.zeros(count, np.int32)
+        tables = (beton.sizes, beton.heights, beton.widths, beton.is_jpeg)
+        stored = (offsets, *(table[indices] for table in tables), placements)
+
+        def decode(part: slice) -> None:
+            inputs = (array[part] for array in stored)
+            decode_and_render(content, *inputs, self._scratch(), images.numpy()[part], failures[part])
+
+        parts = self.threads.map(decode, self._parts(count))
+
+        def finish() -> Batch:
+            list(parts)
+            for place in np.flatnonzero(failures):
+                self._repair(int(indices[place]), placements[place], images[place].numpy())
+            labels, kept = torch.from_numpy(beton.labels[indices]), torch.from_numpy(indices.copy())
+            if pinned:
+                labels, kept = labels.pin_memory(), kept.pin_memory()
+            return Batch(images, labels, kept)
+
+        return finish
+
+    def _compile(self) -> None:
+        """Load or compile the kernel before threads do so side by side, which confuses numba."""
+        beton = self.beton
+        none = (array[:0] for array in (beton.offsets, beton.sizes, beton.heights, beton.widths, beton.is_jpeg))
+        nowhere = np.empty((0, 7), np.int32), np.empty(1, np.uint8), np.empty((0, 1, 1, 3), np.uint8)
+        decode_and_render(beton.bytes, *none, *nowhere, np.empty(0, np.int32))
+
+    def _scratch(self) -> Pixels:
+        """Return this thread's room for decoded pixels; only what is written to takes memory."""
+        if not hasattr(self._local, "scratch"):
+            self._local.scratch = np.empty(self._scratch_bytes, np.uint8)
+        return self._local.scratch
+
+    def _parts(self, count: int) -> list[slice]:
         """Cut a batch into parts for the threads."""
         bounds = np.linspace(0, count, min(count, PARTS_PER_THREAD * self._num_threads) + 1).astype(int)
         return [slice(start, end) for start, end in pairwise(bounds)]
 
-    def repair(self, index: int, placement: np.ndarray, out: np.ndarray) -> None:
-        """Load a sample at which FFCV's decoder failed or warned as the torch loader would, which may refuse it.
+    def _repair(self, index: int, placement: np.ndarray, out: Pixels) -> None:
+        """Load a sample that the native decoder refused as the torch loader would, which may refuse it too.
 
-        Pillow reads some JPEGs that FFCV's decoder does not (CMYK) or warns of (stray bytes).
+        Pillow reads some JPEGs that the decoder does not (CMYK) or that libjpeg warns of (stray bytes).
         """
         render_sample(self.beton, index, placement, out)
         if index not in self._repaired:
             self._repaired.add(index)
-            logger.warning("%s: sample %d is a damaged or unusual JPEG; Pillow decoded it", self.beton.path, index)
+            logger.warning("%s is a damaged or unusual JPEG; Pillow decoded it", self.beton.named(index))

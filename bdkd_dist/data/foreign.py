@@ -3,8 +3,10 @@
 from dataclasses import replace
 
 from bdkd_dist.config import Data
-from bdkd_dist.data.prepare import Prepared, Progress, prepare_source, verify
+from bdkd_dist.data.prepare import Progress, prepare_source
+from bdkd_dist.data.prepared import Prepared, verify
 from bdkd_dist.data.sources import Source, find_source
+from bdkd_dist.data.sources.storage import shown
 from bdkd_dist.errors import UserError
 
 SPLITS = ("test", "validation", "train")
@@ -15,7 +17,7 @@ def prepare_foreign(where: str, data: Data, progress: Progress | None = None) ->
     """Return the images of one split of another data set, prepared as ``data`` says; made once and kept in its cache.
 
     Args:
-        where: A folder as ``data.root`` takes, or ``digits`` (scikit-learn's).
+        where: A folder as ``data.root`` takes, a folder of images without classes, or ``digits`` (scikit-learn's).
         data: The run's; its classes play no part.
         progress: Told how far the preparation is.
 
@@ -26,14 +28,14 @@ def prepare_foreign(where: str, data: Data, progress: Progress | None = None) ->
         UserError: No such source, one without images, or an image that cannot be decoded.
     """
     if not where:
-        raise UserError("--ood: the source is missing; give a folder as data.root takes, or digits")
+        raise UserError("--ood: the source is missing; give a folder as data.root takes, a folder of images, or digits")
     named = {"dataset": "digits", "root": None} if where == "digits" else {"dataset": "files", "root": where}
     elsewhere = data.model_copy(update=named)
     try:
-        prepared = prepare_source(_only_split(find_source(elsewhere)), elsewhere, progress)
+        prepared = prepare_source(_only_split(find_source(elsewhere, without_classes=True)), elsewhere, progress)
         verify(prepared)
     except UserError as error:
-        raise UserError(f"--ood {where}: {str(error).removeprefix(f'data.root={where} ')}") from None
+        raise UserError(f"--ood {shown(where)}: {str(error).removeprefix(f'data.root={shown(where)} ')}") from None
     return prepared
 
 

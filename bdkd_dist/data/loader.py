@@ -5,16 +5,20 @@ import importlib.util
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
 from bdkd_dist.data.augment import Transform
+from bdkd_dist.data.beton import Beton
 from bdkd_dist.data.order import Indices
 from bdkd_dist.errors import UserError
 
 logger = logging.getLogger(__name__)
+
+Kind = Literal["auto", "ffcv", "torch", "resident"]
+CPU = torch.device("cpu")
 
 
 class DataError(RuntimeError):
@@ -22,7 +26,10 @@ class DataError(RuntimeError):
 
 
 class Batch(NamedTuple):
-    """Some samples, on the CPU (in pinned memory where CUDA is); no loader writes to it again."""
+    """Some samples; no loader writes to it again.
+
+    On the CPU, in pinned memory where CUDA is; images and labels of ``resident`` are on the device already.
+    """
 
     images: Tensor
     """(B, px, px, 3) uint8, contiguous."""
@@ -39,7 +46,7 @@ class Loader(ABC):
     def batches(self, epoch: int, index_batches: Sequence[Indices]) -> Iterator[Batch]:
         """Yield exactly these batches in this order, augmented as in this epoch.
 
-        All have the same size but the last, which may be smaller. An iterator that is dropped midway stops loading.
+        Their sizes may differ; none is empty. An iterator that is dropped midway stops loading.
 
         Raises:
             DataError: A sample cannot be read, or a loading thread or process failed.
@@ -50,34 +57,49 @@ class Loader(ABC):
         """End all threads and processes."""
 
 
-def open_loader(kind: Literal["auto", "ffcv", "torch"], beton: Path, transform: Transform, threads: int) -> Loader:
-    """Open a beton with FFCV or torch's DataLoader; ``auto`` takes FFCV where it is installed.
+def open_loader(
+    kind: Kind,
+    beton: Beton,
+    transform: Transform,
+    threads: int,
+    cache: Literal["os", "process"] = "os",
+    device: torch.device = CPU,
+) -> Loader:
+    """Open a beton with native code, with torch's DataLoader or on the device; ``auto`` takes the first where it can.
 
     Args:
         kind: ``data.loader`` of the recipe.
-        beton: The prepared file.
+        beton: The prepared images.
         transform: What to do with its images.
-        threads: Decoding threads (FFCV) or processes (torch; 1 decodes in this process).
+        threads: Decoding threads (ffcv) or processes (torch; 1 decodes in this process).
+        cache: ``data.cache`` of the recipe.
+        device: Where ``resident`` keeps the images; the others hand out batches on the CPU.
 
     Raises:
-        UserError: The file is no whole beton, or ``ffcv`` is asked for and absent.
+        UserError: ``ffcv`` is asked for and there is no native decoder; ``cache=process`` is asked of another loader;
+            or ``resident`` of images that differ in size or do not fit.
     """
-    if chosen(kind) == "torch":
+    found = chosen(kind)
+    if cache == "process" and found != "ffcv":
+        raise UserError(f"data.cache=process: data.loader={found} does not know it; take data.cache=os")
+    if found == "resident":
+        from bdkd_dist.data.resident_loader import ResidentLoader
+
+        return ResidentLoader(beton, transform, device)
+    if found == "torch":
         from bdkd_dist.data.torch_loader import TorchLoader
 
         return TorchLoader(beton, transform, threads)
     try:
         from bdkd_dist.data.ffcv_loader import FFCVLoader
     except ImportError as error:
-        absent = importlib.util.find_spec("ffcv") is None
-        reason = "is not installed here" if absent else f"does not load here ({error})"
         raise UserError(
-            f"data.loader=ffcv: FFCV {reason} (run `bdkd doctor`); data.loader=torch reads the same files"
+            f"data.loader=ffcv: {error} (run `bdkd doctor`); data.loader=torch reads the same files"
         ) from None
-    return FFCVLoader(beton, transform, threads)
+    return FFCVLoader(beton, transform, threads, cache)
 
 
-def chosen(kind: Literal["auto", "ffcv", "torch"]) -> Literal["ffcv", "torch"]:
+def chosen(kind: Kind) -> Literal["ffcv", "torch", "resident"]:
     """Return which loader ``data.loader`` means on this machine."""
     if kind == "auto":
         return "ffcv" if _ffcv_loads() else "torch"
@@ -85,18 +107,10 @@ def chosen(kind: Literal["auto", "ffcv", "torch"]) -> Literal["ffcv", "torch"]:
 
 
 def _ffcv_loads() -> bool:
-    if importlib.util.find_spec("ffcv") is None:
-        return False
     try:
         importlib.import_module("bdkd_dist.data.ffcv_loader")
-    except ImportError as error:  # installed, but a library it needs is missing
-        logger.warning("FFCV does not load here (%s); reading with torch's DataLoader", error)
+    except ImportError as error:
+        if importlib.util.find_spec("ffcv") is not None:  # else `bdkd doctor` tells
+            logger.warning("%s; reading with torch's DataLoader", error)
         return False
     return True
-
-
-def check_sizes(index_batches: Sequence[Indices]) -> None:
-    """Assert that all batches have the same size but the last, which may be smaller, and none is empty."""
-    sizes = [len(batch) for batch in index_batches]
-    assert len(set(sizes[:-1])) <= 1
-    assert not sizes or 0 < sizes[-1] <= sizes[0]

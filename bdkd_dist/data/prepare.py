@@ -1,81 +1,55 @@
 """Prepared data sets: one folder of beton files and a manifest per source, made once and shared by runs.
 
-How images are stored
----------------------
-- At most 64×64 px (by area): raw pixels, whatever the source's format.
-- RGB or grey JPEGs that are not turned by their EXIF data and not larger than ``data.max_side_px``: the original bytes.
-- All others as JPEG of ``data.jpeg_quality``: turned upright, converted to RGB (transparency dropped, 16-bit values
-  cut to their upper 8), shrunk to ``max_side_px`` on the longer side. Chroma is halved (4:2:0) where the source was a
-  JPEG and kept whole (4:4:4) elsewhere.
-
-Every image is decoded once on the way, so a damaged one is found here and not in training.
+How an image is stored stands in :mod:`bdkd_dist.data.storing`, how a piece of the source becomes a file in
+:mod:`bdkd_dist.data.converting`. All files are written into ``<folder>.building`` and the folder is renamed at the end:
+it is complete or absent. A preparation that was broken off goes on with the pieces that it had not finished.
 """
 
-import hashlib
-import io
-import json
+import errno
 import os
 import shutil
-import struct
-from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from threading import Lock
 
 import numpy as np
-import numpy.typing as npt
-from PIL import Image, ImageOps
 
 from bdkd_dist.config import Data
-from bdkd_dist.data.beton import BetonWriter
-from bdkd_dist.data.sources import FORMAT, Sample, Source, SourceSplit, open_source
-from bdkd_dist.errors import UserError
+from bdkd_dist.data.converting import (
+    BrokenImage,
+    Converted,
+    LeftOut,
+    Rules,
+    Task,
+    Tell,
+    broken,
+    convert_all,
+    finished,
+    store_batch,
+)
+from bdkd_dist.data.prepared import Prepared, is_prepared, read_manifest, write_manifest
+from bdkd_dist.data.sources import Source, open_source
+from bdkd_dist.data.storing import num_bytes
+from bdkd_dist.errors import UserError, first_line
 
 Progress = Callable[[str, int, int], None]
-"""Called with (split, images done, images in all)."""
+"""Called with (split, images done, images in all); the first call may tell of images that were done before."""
+ConvertAll = Callable[[Sequence[Task], Tell], Sequence[Converted]]
+"""Converts pieces somewhere and tells how far it is; see :func:`~bdkd_dist.data.converting.convert_all`."""
 
-RAW_PX = 64 * 64
-TURNED = range(2, 9)
-UNDECODABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
-
-
-@dataclass(frozen=True)
-class PreparedSplit:
-    """What the manifest says of one beton file."""
-
-    samples: int
-    bytes: int
-    sha256: str
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A prepared data set on the disk."""
-
-    folder: Path
-    fingerprint: str
-    """Of the source and what shapes the files; see :class:`~bdkd_dist.data.sources.Source`."""
-    class_names: tuple[str, ...]
-    splits: dict[str, PreparedSplit]
-
-    def path(self, split: str) -> Path:
-        """Return the beton file of a split."""
-        return self.folder / f"{split}.beton"
-
-    @property
-    def content(self) -> str:
-        """SHA-256 over the files' checksums: equal wherever the same images and labels were prepared."""
-        return hashlib.sha256(json.dumps({n: s.sha256 for n, s in sorted(self.splits.items())}).encode()).hexdigest()
+REPORT = "left_out.parquet"
+ESTIMATE_IMAGES = 16
 
 
 def prepare(data: Data, progress: Progress | None = None) -> Prepared:
-    """Return the prepared data set, made now if it is not in ``data.cache`` yet.
+    """Return the prepared data set, made now if it is not in ``data.prepared`` yet.
 
-    Processes that prepare the same source at once wait for the first of them. A killed one leaves nothing that is used.
+    Processes that prepare the same source at once wait for the first of them. A killed one leaves nothing that is used,
+    apart from the pieces that it had finished.
 
     Raises:
         UserError: The source is wrong, an image cannot be decoded, or the disk is too small.
@@ -85,198 +59,189 @@ def prepare(data: Data, progress: Progress | None = None) -> Prepared:
 
 def prepare_source(source: Source, data: Data, progress: Progress | None = None) -> Prepared:
     """Return the prepared files of a source; see :func:`prepare`."""
-    folder = Path(data.cache).expanduser() / f"{source.name}-{source.fingerprint[:12]}"
-    if not (folder / "manifest.json").is_file():
-        from filelock import FileLock
+    folder = Path(data.prepared).expanduser() / f"{source.name}-{source.fingerprint[:12]}"
+    if not is_prepared(folder):
+        with _alone(folder, f"data.prepared={data.prepared}"):
+            if not is_prepared(folder):
+                shutil.rmtree(folder, ignore_errors=True)  # one that lost its manifest
+                rules = Rules(data.max_side_px, data.jpeg_quality)
+                try:
+                    _build(source, folder, rules, here(data), f"data.prepared={data.prepared}", progress)
+                except BrokenImage:  # mended, it will be another source
+                    shutil.rmtree(_building(folder), ignore_errors=True)
+                    raise
+    return read_manifest(folder)
 
-        try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(f"{folder}.lock"):
-                if not (folder / "manifest.json").is_file():
-                    _build(source, folder, data, progress)
-        except OSError as error:
-            raise UserError(f"data.cache={data.cache}: {error}") from None
-    return _read_manifest(folder)
 
-
-def verify(prepared: Prepared) -> None:
-    """Compare the files with the manifest's sizes and checksums, all files at once.
+def prepare_into(
+    source: Source, folder: Path, rules: Rules, convert: ConvertAll, progress: Progress | None = None
+) -> Prepared:
+    """Prepare a source into a folder, going on where the same was broken off; what is there already is left.
 
     Raises:
-        UserError: Names the file, what is wrong with it and the way to mend it.
+        UserError: The folder holds something else, or :func:`prepare`'s reasons.
     """
-    with ThreadPoolExecutor(len(prepared.splits)) as pool:
-        for complaint in pool.map(lambda split: _complaint(prepared, split), prepared.splits):
-            if complaint:
-                raise UserError(f"{complaint}; delete the folder {prepared.folder} to prepare it again")
+    with _alone(folder, str(folder)):
+        if is_prepared(folder):
+            return _same(read_manifest(folder), source, rules)
+        if folder.is_mount():
+            raise UserError(f"{folder} is a disk of its own: give a folder in it")
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise UserError(f"{folder} exists and is no prepared data set: give a new folder, or delete it")
+        return _build(source, folder, rules, convert, str(folder), progress)
 
 
-def _complaint(prepared: Prepared, split: str) -> str | None:
-    path, expected = prepared.path(split), prepared.splits[split]
-    if not path.is_file():
-        return f"{path} is missing"
-    if (size := path.stat().st_size) != expected.bytes:
-        return f"{path} is truncated or grown: {size} bytes instead of {expected.bytes}"
-    if _sha256(path) != expected.sha256:
-        return f"{path} was altered: its SHA-256 is not the manifest's"
-    return None
+def here(data: Data) -> ConvertAll:
+    """Return what converts pieces in this process, with ``data.threads`` threads or one for each core."""
+    threads = data.threads or len(os.sched_getaffinity(0))
+    return lambda tasks, tell: convert_all(tasks, threads, tell)
 
 
-def _read_manifest(folder: Path) -> Prepared:
-    path = folder / "manifest.json"
+def labelled(source: Source) -> Source:
+    """Return a source without splits that are empty or, as published for contests, unlabelled (-1 throughout).
+
+    Raises:
+        UserError: No split is left, or a label is not that of a class.
+    """
+    splits = {name: split for name, split in source.splits.items() if len(split) and np.any(split.labels != -1)}
+    if not splits:
+        raise UserError(f"{source.name} holds no images with labels")
+    K = len(source.class_names)
+    for name, split in splits.items():
+        wrong = np.flatnonzero((split.labels < 0) | (split.labels >= K))
+        if len(wrong):
+            label = split.labels[wrong[0]]
+            raise UserError(f"{source.name}: {name} image {wrong[0]} has label {label} (allowed: 0 to {K - 1})")
+    return replace(source, splits=splits)
+
+
+def _same(prepared: Prepared, source: Source, rules: Rules) -> Prepared:
+    """Return what is there if it is what is wanted."""
+    if prepared.fingerprint != source.fingerprint:
+        why = "was prepared from another source, or with another --max-side or --quality"
+    elif rules.check == "full" and prepared.check != "full":
+        why = f"was prepared with --check {prepared.check}"
+    else:
+        return prepared
+    raise UserError(f"{prepared.folder} {why}: give another folder, or delete it to prepare it again")
+
+
+@contextmanager
+def _alone(folder: Path, where: str) -> Iterator[None]:
+    """Wait until no other process prepares this folder; say in one line what the disk does not do."""
+    from filelock import FileLock
+
     try:
-        manifest = json.loads(path.read_text())
-        splits = {name: PreparedSplit(**split) for name, split in manifest["splits"].items()}
-        return Prepared(folder, manifest["fingerprint"], tuple(manifest["class_names"]), splits)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{path} cannot be read; delete the folder {folder} to prepare it again") from None
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = Path(f"{folder}.lock")
+        lock.touch()  # FileLock would wait for ever where no file can be made
+        with FileLock(lock):
+            yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(
+                f"{where}: the disk is full; what is whole is kept: make room, and the same command goes on"
+            ) from None
+        raise UserError(f"{where}: {first_line(error)}") from None
 
 
-def _build(source: Source, folder: Path, data: Data, progress: Progress | None) -> None:
-    """Write all files into a folder beside and rename it: ``folder`` is complete or absent."""
-    building = folder.with_name(folder.name + ".building")
-    for leftover in (building, folder):
-        if leftover.exists():
-            shutil.rmtree(leftover)
-    _check_space(source, data)
-    building.mkdir()
-    try:
-        splits = {name: _write(split, building, data, progress) for name, split in source.splits.items()}
-        manifest = {
-            "format": FORMAT,
-            "fingerprint": source.fingerprint,
-            "class_names": source.class_names,
-            "splits": {name: asdict(split) for name, split in splits.items()},
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        }
-        with (building / "manifest.json").open("w") as file:
-            json.dump(manifest, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        building.rename(folder)
-    except BaseException:
-        shutil.rmtree(building, ignore_errors=True)
-        raise
+def _building(folder: Path) -> Path:
+    return folder.with_name(folder.name + ".building")
 
 
-def _write(split: SourceSplit, folder: Path, data: Data, progress: Progress | None) -> PreparedSplit:
-    path, total = folder / f"{split.name}.beton", len(split)
-    with BetonWriter(path, total) as writer:
-        for done, (label, stored) in enumerate(_store_all(split, data), start=1):
-            if isinstance(stored.content, bytes):
-                writer.append_jpeg(stored.content, stored.height, stored.width, label)
-            else:
-                writer.append_raw(stored.content, label)
-            if progress and (done % 64 == 0 or done == total):
-                progress(split.name, done, total)
-    return PreparedSplit(total, path.stat().st_size, _sha256(path))
+def _build(
+    source: Source, folder: Path, rules: Rules, convert: ConvertAll, where: str, progress: Progress | None
+) -> Prepared:
+    """Convert the pieces that are not finished yet, then write report and manifest and give the folder its name."""
+    building = _building(folder)
+    building.mkdir(exist_ok=True)
+    tasks = list(_tasks(source, building, rules))
+    known = {task.path.name: before for task in tasks if (before := finished(task))}
+    _clean(building, [task for task in tasks if task.path.name in known])
+    left = [task for task in tasks if task.path.name not in known]
+    _check_space(left, building, where)
+    count = _Count(source, progress)
+    for task in tasks:
+        if task.path.name in known:
+            count(task.split, len(task.piece))
+    known |= {task.path.name: new for task, new in zip(left, convert(left, count), strict=True)}
+    _clean(building, tasks)
+    prepared = _joined(source, building, rules, [(task, known[task.path.name]) for task in tasks])
+    write_manifest(prepared)
+    building.rename(folder)
+    for task in tasks:
+        (folder / task.record.name).unlink(missing_ok=True)
+    return replace(prepared, folder=folder)
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _tasks(source: Source, building: Path, rules: Rules) -> Iterator[Task]:
+    for name, split in source.splits.items():
+        first = 0
+        for number, piece in enumerate(split.pieces):
+            if len(piece):
+                yield Task(name, first, piece, building / f"{name}-{number:05d}.beton", source.fingerprint, rules)
+            first += len(piece)
 
 
-def _check_space(source: Source, data: Data) -> None:
+def _clean(building: Path, kept: Sequence[Task]) -> None:
+    """Remove all but these pieces' files: what killed processes left, and what is of another source or other rules."""
+    names = {path.name for task in kept for path in (task.path, task.record)}
+    for path in building.iterdir():
+        if path.name not in names:
+            path.unlink()
+
+
+def _check_space(tasks: Sequence[Task], building: Path, where: str) -> None:
     """Estimate the files' size from how the first images of each split shrink or grow."""
     needed_bytes = 0.0
-    for split in source.splits.values():
-        first = list(islice(split.iterate(), 16))
-        stored = [_store_named(sample, split.name, position, data) for position, sample in enumerate(first)]
-        ratio = sum(s.num_bytes for s in stored) / sum(_num_bytes(sample.image) for sample in first)
-        needed_bytes += ratio * split.encoded_bytes
-    free_bytes = shutil.disk_usage(Path(data.cache).expanduser()).free
+    for split in dict.fromkeys(task.split for task in tasks):
+        of_split = [task for task in tasks if task.split == split]
+        first = list(islice(of_split[0].piece.iterate(), ESTIMATE_IMAGES))
+        outcomes = store_batch(of_split[0], of_split[0].first, first)
+        stored_bytes = sum(outcome[0].num_bytes for outcome in outcomes if not isinstance(outcome, LeftOut))
+        source_bytes = sum(num_bytes(sample.image) for sample in first)
+        needed_bytes += stored_bytes / max(1, source_bytes) * sum(task.piece.encoded_bytes for task in of_split)
+    free_bytes = shutil.disk_usage(building).free
     if needed_bytes > free_bytes:
-        raise UserError(f"data.cache={data.cache}: needs {needed_bytes / 1e9:.1f} GB, {free_bytes / 1e9:.1f} GB free")
+        raise UserError(f"{where}: needs {needed_bytes / 1e9:.1f} GB, {free_bytes / 1e9:.1f} GB free")
 
 
-# --- one image
+class _Count:
+    """Counts the images of each split that are done, whichever thread tells of them."""
+
+    def __init__(self, source: Source, progress: Progress | None):
+        self._totals = {name: len(split) for name, split in source.splits.items()}
+        self._progress = progress
+        self._done: Counter[str] = Counter()
+        self._lock = Lock()
+
+    def __call__(self, split: str, images: int) -> None:
+        with self._lock:
+            self._done[split] += images
+            if self._progress:
+                self._progress(split, self._done[split], self._totals[split])
 
 
-class Stored(NamedTuple):
-    """A JPEG file, or (H, W, 3) pixels."""
-
-    content: bytes | npt.NDArray[np.uint8]
-    height: int
-    width: int
-
-    @property
-    def num_bytes(self) -> int:
-        """What it takes on the disk."""
-        return _num_bytes(self.content)
-
-
-def _num_bytes(content: bytes | npt.NDArray[np.uint8]) -> int:
-    return len(content) if isinstance(content, bytes) else content.nbytes
-
-
-def store(image: bytes | npt.NDArray[np.uint8], max_side_px: int, jpeg_quality: int) -> Stored:
-    """Return how an image is stored (see the module's text).
-
-    Args:
-        image: An encoded file, or (H, W, 3) uint8 pixels.
-        max_side_px: Larger images are shrunk.
-        jpeg_quality: For images that are encoded anew.
-
-    Raises:
-        OSError: The file cannot be decoded; PIL raises others of ``UNDECODABLE`` too.
-    """
-    if isinstance(image, np.ndarray):
-        return _encode(Image.fromarray(image), max_side_px, jpeg_quality, "4:4:4")
-    with Image.open(io.BytesIO(image)) as opened:
-        if _passes(opened, max_side_px):
-            opened.load()
-            return Stored(image, opened.height, opened.width)
-        subsampling = "4:2:0" if opened.format in ("JPEG", "MPO") else "4:4:4"
-        opened.draft(None, (2 * max_side_px, 2 * max_side_px))  # a large JPEG decodes at 1/2, 1/4 or 1/8
-        return _encode(_rgb(ImageOps.exif_transpose(opened)), max_side_px, jpeg_quality, subsampling)
+def _joined(source: Source, building: Path, rules: Rules, pieces: Sequence[tuple[Task, Converted]]) -> Prepared:
+    """Put the pieces' files together, see that each image of the source is accounted for, and write the report."""
+    splits, left_out = {}, {}
+    for name, split in source.splits.items():
+        of_split = [converted for task, converted in pieces if task.split == name]
+        splits[name] = tuple(converted.part for converted in of_split if converted.part)
+        missing = [image for converted in of_split for image in converted.left_out]
+        assert len(split) == sum(part.samples for part in splits[name]) + len(missing)
+        if not splits[name]:
+            raise UserError(f"no {name} image can be decoded: {broken(missing[0])}")
+        if missing:
+            left_out[name] = missing
+    if left_out:
+        _report([image for images in left_out.values() for image in images], building / REPORT)
+    counts = {name: len(images) for name, images in left_out.items()}
+    return Prepared(building, source.fingerprint, source.class_names, splits, counts, rules.check)
 
 
-def _passes(image: Image.Image, max_side_px: int) -> bool:
-    return (
-        image.format == "JPEG"
-        and image.mode in ("RGB", "L")
-        and image.height * image.width > RAW_PX
-        and max(image.size) <= max_side_px
-        and image.getexif().get(0x0112) not in TURNED
-    )
+def _report(images: Sequence[LeftOut], path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
-
-def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16-bit grey: PIL's own conversion would clip at 255
-        return Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8)).convert("RGB")
-    if image.mode == "F":
-        raise ValueError("floating-point pixels")
-    if image.mode == "P":
-        image = image.convert("RGBA")  # palettes may hold transparency
-    return image.convert("RGB")
-
-
-def _encode(rgb: Image.Image, max_side_px: int, jpeg_quality: int, subsampling: str) -> Stored:
-    rgb.thumbnail((max_side_px, max_side_px), Image.Resampling.LANCZOS)
-    if rgb.height * rgb.width <= RAW_PX:
-        return Stored(np.asarray(rgb), rgb.height, rgb.width)
-    encoded = io.BytesIO()
-    rgb.save(encoded, "JPEG", quality=jpeg_quality, subsampling=subsampling)
-    return Stored(encoded.getvalue(), rgb.height, rgb.width)
-
-
-def _store_named(sample: Sample, split: str, position: int, data: Data) -> Stored:
-    try:
-        return store(sample.image, data.max_side_px, data.jpeg_quality)
-    except UNDECODABLE as error:
-        raise UserError(f"{split} image {position} ({sample.origin}) cannot be decoded: {error}") from None
-
-
-def _store_all(split: SourceSplit, data: Data) -> Iterator[tuple[int, Stored]]:
-    """Yield (label, stored image) in order; threads decode a few images ahead."""
-    threads = data.threads or len(os.sched_getaffinity(0))
-    waiting: deque[tuple[int, Future[Stored]]] = deque()
-    with ThreadPoolExecutor(threads) as pool:
-        for position, sample in enumerate(split.iterate()):
-            waiting.append((sample.label, pool.submit(_store_named, sample, split.name, position, data)))
-            if len(waiting) > 4 * threads:
-                label, future = waiting.popleft()
-                yield label, future.result()
-        for label, future in waiting:
-            yield label, future.result()
+    pq.write_table(pa.Table.from_pylist([asdict(image) for image in images]), path)

@@ -28,26 +28,26 @@ class _SumOverRanks(torch.autograd.Function):
 
 
 class CrossRankBatchNorm2d(nn.BatchNorm2d):
-    """``nn.BatchNorm2d`` with statistics over all ranks' images; each rank must hold as many as the others."""
+    """``nn.BatchNorm2d`` with statistics over all ranks' images, however many each holds."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise (B, C, H, W) per channel."""
         if not self.training or not dist.is_initialized() or dist.get_world_size() == 1:
             return super().forward(x)
         wide = x.float()
-        # Both moments travel in one message; the mean over ranks of equal parts is the mean over the whole batch. Each
-        # rank's variance is taken about its own mean and joined in float64: E[x²] - E[x]² in float32 would cancel.
+        # Both moments and the count travel in one message. Each rank's variance is taken about its own mean and joined
+        # in float64: E[x²] - E[x]² in float32 would cancel.
         variance, mean = (part.double() for part in torch.var_mean(wide, (0, 2, 3), correction=0))
-        moments = torch.stack((mean, variance + mean.square()))
-        mean, square = _SumOverRanks.apply(moments) / dist.get_world_size()
-        variance = square - mean.square()
+        sums = x.numel() // x.shape[1] * torch.stack((mean, variance + mean.square(), torch.ones_like(mean)))
+        total, total_square, count = _SumOverRanks.apply(sums)
+        mean = total / count
+        variance = total_square / count - mean.square()
         if self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None:
             with torch.no_grad():
                 self.num_batches_tracked.add_(1)
                 rate = self.momentum if self.momentum is not None else 1 / float(self.num_batches_tracked)
-                count = x.numel() / x.shape[1] * dist.get_world_size()
-                self.running_mean.lerp_(mean.detach().float(), rate)
-                self.running_var.lerp_((variance.detach() * (count / (count - 1))).float(), rate)
+                self.running_mean.lerp_(mean.float(), rate)
+                self.running_var.lerp_((variance * count / (count - 1)).float(), rate)
         scale = self.weight * torch.rsqrt(variance + self.eps).float()
         shift = self.bias - mean.float() * scale
         return (wide * scale[:, None, None] + shift[:, None, None]).to(x.dtype)

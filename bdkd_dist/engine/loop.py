@@ -17,9 +17,18 @@ from torch.nn.parallel import DistributedDataParallel
 
 from bdkd_dist import __version__
 from bdkd_dist.config import Recipe
+from bdkd_dist.data.appearance import Appearance
 from bdkd_dist.data.dataset import Dataset
 from bdkd_dist.data.loader import Batch, Loader
-from bdkd_dist.data.order import epoch_order, rank_batches, rank_shard
+from bdkd_dist.data.mixing import Mixing
+from bdkd_dist.data.order import (
+    Indices,
+    epoch_order,
+    num_batches,
+    quasi_random_order,
+    rank_batches,
+    rank_shard,
+)
 from bdkd_dist.engine import distributed
 from bdkd_dist.engine.batchnorm import synchronise
 from bdkd_dist.engine.checkpoint import Checkpoints, load_teacher
@@ -82,13 +91,13 @@ class Trainer:
             should_stop,
         )
         self.rank, self.world = distributed.rank(), distributed.world_size()
-        self.steps_per_epoch = len(dataset.train.indices) // recipe.train.batch_size
+        images = len(dataset.train.indices)
+        if recipe.train.batch_size > images:
+            raise UserError(f"train.batch_size={recipe.train.batch_size}: larger than the {images} training images")
+        self.steps_per_epoch = num_batches(images, recipe.train.batch_size)
         self.total_steps = self.steps_per_epoch * recipe.train.epochs
-        if self.steps_per_epoch == 0:
-            raise UserError(
-                f"train.batch_size={recipe.train.batch_size}: larger than the {len(dataset.train.indices)} "
-                "training images"
-            )
+        self.appearance = Appearance.training(recipe.data, recipe.train.seed)
+        self.mixing = Mixing.training(recipe.data, recipe.train.seed)
         self.pair = build_pair(recipe, device)
         if recipe.train.batchnorm == "sync" and self.world > 1:
             synchronise(self.pair, device)
@@ -115,7 +124,9 @@ class Trainer:
             options: dict[str, Any] = {SYNC_BUFFERS: False}
             self.module = DistributedDataParallel(self.pair, device_ids=ids, gradient_as_bucket_view=True, **options)
         if recipe.train.compile:
-            self.module = torch.compile(self.module)  # type: ignore[assignment]
+            # Inductor fixes the size of images unless all of a convolution's tensors are channels-last.
+            layout = {"force_layout_optimization": True} if recipe.data.resize else None
+            self.module = torch.compile(self.module, options=layout)  # type: ignore[arg-type, assignment]
         self.evaluator = Evaluator(self.pair, self.networks, recipe.data.num_classes, device)
 
     @property
@@ -139,7 +150,7 @@ class Trainer:
 
     def _train_epoch(self) -> None:
         settings = self.recipe.train
-        order = epoch_order(self.dataset.train.indices, settings.seed, self.epoch)
+        order = self._order()
         batches = rank_batches(order, settings.batch_size, self.rank, self.world, first_step=self.step_in_epoch)
         for batch in self.loaders["train"].batches(self.epoch, batches):
             self._train_step(batch)
@@ -152,6 +163,25 @@ class Trainer:
             if every and self.step % every == 0 and self.step_in_epoch < self.steps_per_epoch:
                 self._save()
 
+    def _order(self) -> Indices:
+        """Return the order of this epoch's samples."""
+        data, train, subset = self.recipe.data, self.recipe.train, self.dataset.train
+        if data.order == "random":
+            return epoch_order(subset.indices, train.seed, self.epoch)
+        pages = subset.beton.pages[subset.indices]
+        return quasi_random_order(subset.indices, pages, train.seed, self.epoch, train.batch_size)
+
+    def _on_device(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return a batch's images and targets on the device, with what augmentation is done there."""
+        images = batch.images.to(self.device, non_blocking=True)
+        labels = batch.labels.to(self.device, non_blocking=True)
+        images = self.appearance(images, batch.indices, self.epoch)
+        images, targets = self.mixing(images, labels, batch.indices, self.epoch, self.recipe.data.num_classes)
+        if self.recipe.data.resize:  # compiled for any size once, not at every change
+            for dimension in (1, 2):
+                torch._dynamo.maybe_mark_dynamic(images, dimension)
+        return images, targets
+
     def _train_step(self, batch: Batch) -> None:
         train, optimizer = self.recipe.train, self.optimizer
         lr = self._learning_rate()
@@ -159,10 +189,10 @@ class Trainer:
             group["lr"] = lr
         # Dropout draws from (seed, step, rank), so no generator's state has to be kept.
         torch.manual_seed(hash((train.seed, self.step, self.rank)) % 2**63)
-        images = batch.images.to(self.device, non_blocking=True)
-        targets = batch.labels.to(self.device, non_blocking=True)
+        images, targets = self._on_device(batch)
         loss, losses = self.module(images, targets)
-        self.scaler.scale(loss).backward()
+        weight = self._weight(len(targets))
+        self.scaler.scale(loss if weight == 1 else loss * weight).backward()
         if (norm := self.recipe.optimizer.clip_grad_norm) is not None:
             self.scaler.unscale_(optimizer)
             for group in optimizer.param_groups:
@@ -171,9 +201,17 @@ class Trainer:
         self.scaler.update()
         optimizer.zero_grad(set_to_none=True)
         self._update_ema()
-        self._remember(losses)
+        self._remember(losses, weight)
         self.step += 1
         self.step_in_epoch += 1
+
+    def _weight(self, samples: int) -> float:
+        """Return what makes the mean over ranks of their means that over the global batch, of unequal shares too."""
+        if self.world == 1:
+            return 1.0
+        larger = len(self.dataset.train) % self.steps_per_epoch
+        whole = len(self.dataset.train) // self.steps_per_epoch + (self.step_in_epoch < larger)
+        return samples * self.world / whole
 
     def _learning_rate(self) -> float:
         return learning_rate(
@@ -195,7 +233,7 @@ class Trainer:
             for mean, value in zip(average.buffers(), student.buffers(), strict=True):
                 mean.copy_(value)
 
-    def _remember(self, losses: Losses) -> None:
+    def _remember(self, losses: Losses, weight: float) -> None:
         """Keep this step's values on the device until the next log."""
         values = losses.diagnostics
         if not self.stat_names:
@@ -204,7 +242,7 @@ class Trainer:
             self.history = torch.zeros(
                 self.recipe.train.log_every_steps, len(values), dtype=torch.float64, device=self.device
             )
-        self.history[self.step % len(self.history)] = torch.stack([v.double() for v in values.values()])
+        self.history[self.step % len(self.history)] = weight * torch.stack([v.double() for v in values.values()])
 
     def _read_history(self, steps: int) -> Tensor:
         """Return the last ``steps`` rows, averaged over ranks, on the CPU; stops the run where one is not finite."""
@@ -246,7 +284,7 @@ class Trainer:
                 total_steps=self.total_steps,
                 epoch=self.epoch,
                 scalars=scalars,
-                images_per_s=self.recipe.train.batch_size / seconds_per_step,
+                images_per_s=len(self.dataset.train) / self.steps_per_epoch / seconds_per_step,
                 remaining_s=seconds_per_step * (self.total_steps - self.step),
             )
         )

@@ -42,12 +42,13 @@ def examine() -> list[Finding]:
         _package("pyarrow", "make setup"),
         _package("tensorboard", "make setup"),
         _ffcv(),
+        _decoder(),
         _devices(),
         _room(
             "cache",
             Path("~/.cache/bdkd-dist").expanduser(),
             NEEDED_FREE_BYTES,
-            "set data.cache to another disk",
+            "set data.prepared to another disk",
         ),
         _room("run folder", Path("runs"), NEEDED_FREE_BYTES, "set run.storage to another disk"),
         _room(
@@ -98,15 +99,26 @@ def _package(
 
 
 def _ffcv() -> Finding:
-    again = "rm -f .venv/.ready && make setup"
-    if shutil.which("apt-get") is None:
-        mend = f"install g++, pkg-config, OpenCV and libjpeg-turbo (with headers), then run: {again}"
-    else:
-        sudo = "sudo " if os.geteuid() != 0 else ""
-        mend = f"{sudo}apt-get install -y {FFCV_PACKAGES} && {again}"
     log = Path(sys.prefix, FFCV_LOG)
     failed = f" (it did not build: {log})" if log.is_file() else ""
-    return _package("ffcv", mend, status="optional", without=f"{failed}; the torch loader gives the same batches")
+    return _package("ffcv", _build_again(), status="optional", without=f"{failed}; its files are read without it")
+
+
+def _decoder() -> Finding:
+    from bdkd_dist.data import jpeg
+
+    if jpeg.available():
+        return Finding("native decoder", "ok", jpeg.LIBRARY.name)
+    found = "not built; FFCV's or the torch loader give the same batches, more slowly"
+    return Finding("native decoder", "optional", found, _build_again())
+
+
+def _build_again() -> str:
+    again = "rm -f .venv/.ready && make setup"
+    if shutil.which("apt-get") is None:
+        return f"install g++, pkg-config, OpenCV and libjpeg-turbo (with headers), then run: {again}"
+    sudo = "sudo " if os.geteuid() != 0 else ""
+    return f"{sudo}apt-get install -y {FFCV_PACKAGES} && {again}"
 
 
 def _torchvision() -> Finding:

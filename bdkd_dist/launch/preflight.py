@@ -10,6 +10,7 @@ from torch import nn
 
 from bdkd_dist import models
 from bdkd_dist.config import Recipe
+from bdkd_dist.data import jpeg
 from bdkd_dist.engine.checkpoint import KEPT, load_teacher
 from bdkd_dist.errors import UserError
 from bdkd_dist.launch.run_folder import RunFolder
@@ -20,10 +21,10 @@ RECORDS_BYTES = 64 * 2**20
 
 def check(recipe: Recipe, folder: RunFolder) -> None:
     """Raise UserError for what this machine lacks for the recipe, whose run is or will be in the folder."""
-    if recipe.data.loader == "ffcv" and importlib.util.find_spec("ffcv") is None:
+    if recipe.data.loader == "ffcv" and not jpeg.available() and importlib.util.find_spec("ffcv") is None:
         raise UserError(
-            "data.loader=ffcv: FFCV is not installed here (`bdkd doctor` says how); "
-            "data.loader=torch gives the same batches"
+            "data.loader=ffcv: the native decoder is not built here, and FFCV is not installed "
+            "(`bdkd doctor` says how); data.loader=torch gives the same batches"
         )
     _check_device(recipe)
     networks = {role: _network(recipe, role) for role in recipe.models.by_role}

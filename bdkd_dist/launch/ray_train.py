@@ -199,9 +199,11 @@ def _lost(worker_exceptions: dict[int, Exception]) -> str:
 
 def _with_absolute_paths(recipe: Recipe) -> Recipe:
     """Return the recipe for workers, whose working directory is another."""
-    places = {"cache": str(Path(recipe.data.cache).expanduser().absolute())}
-    if recipe.data.root is not None:
+    places = {"prepared": str(Path(recipe.data.prepared).expanduser().absolute())}
+    if recipe.data.root is not None and "://" not in recipe.data.root:
         places["root"] = str(Path(recipe.data.root).expanduser().absolute())
+    if recipe.data.stage_folder is not None:
+        places["stage_folder"] = str(Path(recipe.data.stage_folder).expanduser().absolute())
     networks = {}
     if recipe.models.teacher_checkpoint is not None:
         networks["teacher_checkpoint"] = str(Path(recipe.models.teacher_checkpoint).expanduser().absolute())

@@ -1,25 +1,26 @@
 """Train a recipe, or evaluate a run: the command lines without the command line."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import Progress as Bar
 
 from bdkd_dist import config
 from bdkd_dist.config import Data, Recipe
-from bdkd_dist.data.dataset import Dataset, load_dataset
+from bdkd_dist.data.dataset import Dataset, find_prepared, open_dataset
 from bdkd_dist.data.foreign import prepare_foreign
 from bdkd_dist.data.loader import chosen
-from bdkd_dist.data.prepare import Progress as Preparation
+from bdkd_dist.data.order import num_batches
+from bdkd_dist.data.prepared import verify
 from bdkd_dist.engine.checkpoint import Checkpoints, load
 from bdkd_dist.engine.loop import Trainer
 from bdkd_dist.engine.observer import Observers
 from bdkd_dist.errors import UserError
 from bdkd_dist.launch import local, preflight, worker
+from bdkd_dist.launch.prepare import preparing
 from bdkd_dist.launch.run_folder import RunFolder
 from bdkd_dist.records.environment import write_environment
 from bdkd_dist.records.files import atomic_write
@@ -97,12 +98,12 @@ def evaluate(
     if not checkpoints.paths():
         raise UserError(f"{folder.path} holds no checkpoint yet")
     dataset = prepared(recipe.data, console)
-    with _preparing(console) as show:
+    with preparing(console) as show:
         other = None if ood is None else (ood, prepare_foreign(ood, recipe.data, show))
     device = torch.device("cuda" if local.wants_cuda(recipe) else "cpu")
     with ExitStack() as stack:
         stack.enter_context(folder.locked())
-        loaders = worker.open_loaders(recipe, dataset, stack)
+        loaders = worker.open_loaders(recipe, dataset, device, stack)
         trainer = Trainer(recipe, dataset, loaders, device, checkpoints, Observers())
         last = folder.finished and trainer.epoch == recipe.train.epochs
         target = folder if last else RunFolder(folder.path / "evaluations" / f"step-{trainer.step:08d}")
@@ -115,32 +116,27 @@ def evaluate(
 
 
 def prepared(data: Data, console: Console) -> Dataset:
-    """Return the data set, preparing it with a progress bar where that was not done before."""
-    with _preparing(console) as show:
-        return load_dataset(data, show)
+    """Return the data set as it lies, preparing it with a progress bar where that was not done before.
 
-
-@contextmanager
-def _preparing(console: Console) -> Iterator[Preparation]:
-    """Yield what shows how far a preparation is."""
-    with Bar(console=console, transient=True, disable=not console.is_terminal) as bar:
-        tasks: dict[str, Any] = {}
-
-        def show(split: str, done: int, total: int) -> None:
-            if split not in tasks:
-                tasks[split] = bar.add_task(f"preparing {split}", total=total)
-                if not console.is_terminal:
-                    console.print(f"preparing {split}: {total:,} images", highlight=False)
-            bar.update(tasks[split], completed=done)
-
-        yield show
+    Where workers read from copies near them, those are checked instead.
+    """
+    with preparing(console) as show:
+        found = find_prepared(data, show)
+    if data.stage == "shared":
+        verify(found)
+    return open_dataset(found, data)
 
 
 def check_fits(recipe: Recipe, dataset: Dataset) -> None:
     """Raise UserError where the recipe asks for more than the data set holds."""
-    images = len(dataset.train.indices)
-    if recipe.train.batch_size > images:
-        raise UserError(f"train.batch_size={recipe.train.batch_size}: larger than the {images:,} training images")
+    images, batch, workers = len(dataset.train), recipe.train.batch_size, recipe.launch.workers
+    if batch > images:
+        raise UserError(f"train.batch_size={batch}: larger than the {images:,} training images")
+    if (smallest := images // num_batches(images, batch)) < 2 * workers:
+        raise UserError(
+            f"train.batch_size={batch}: a batch of {smallest} leaves less than two images to some of "
+            f"launch.workers={workers}"
+        )
 
 
 class _Only(Checkpoints):

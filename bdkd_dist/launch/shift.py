@@ -11,6 +11,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from bdkd_dist.data.augment import Transform
+from bdkd_dist.data.beton import Beton
 from bdkd_dist.data.corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from bdkd_dist.data.loader import Batch, Loader, open_loader
 from bdkd_dist.data.order import Indices, rank_shard
@@ -65,11 +66,13 @@ def record_ood(trainer: Trainer, source: str, other: Prepared, folder: RunFolder
         folder: Where the file goes.
     """
     data, batch_size = trainer.recipe.data, trainer.recipe.train.batch_size
-    ((split, contents),) = other.splits.items()
+    (split,) = other.splits
+    images = Beton(*other.paths(split))
+    kind = "auto" if data.loader == "resident" else data.loader  # they may differ in size
     evaluator, threads = trainer.evaluator, loader_threads(trainer.recipe)
     inside = evaluator.outputs(trainer.loaders["test"], rank_shard(trainer.dataset.test.indices, batch_size, 0, 1))
-    with closing(open_loader(data.loader, other.path(split), Transform.evaluation(data), threads)) as loader:
-        outside = evaluator.outputs(loader, rank_shard(np.arange(contents.samples), batch_size, 0, 1))
+    with closing(open_loader(kind, images, Transform.evaluation(data), threads)) as loader:
+        outside = evaluator.outputs(loader, rank_shard(np.arange(len(images)), batch_size, 0, 1))
     compared = {
         "step": trainer.step,
         "source": source,

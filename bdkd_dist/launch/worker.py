@@ -50,7 +50,7 @@ def work(
     """
     dataset = load_dataset(recipe.data)
     with ExitStack() as stack:
-        loaders = open_loaders(recipe, dataset, stack)
+        loaders = open_loaders(recipe, dataset, device, stack)
         observer = Observers()
         if distributed.rank() == 0:
             observer = Observers(
@@ -69,7 +69,7 @@ def work(
         finish(trainer, folder)
 
 
-def open_loaders(recipe: Recipe, dataset: Dataset, stack: ExitStack) -> dict[str, Loader]:
+def open_loaders(recipe: Recipe, dataset: Dataset, device: torch.device, stack: ExitStack) -> dict[str, Loader]:
     """Return the loaders of the three splits; the stack closes them."""
     threads = loader_threads(recipe)
     evaluation = Transform.evaluation(recipe.data)
@@ -80,7 +80,8 @@ def open_loaders(recipe: Recipe, dataset: Dataset, stack: ExitStack) -> dict[str
     }
     loaders = {}
     for split, transform in transforms.items():
-        loader = open_loader(recipe.data.loader, getattr(dataset, split).beton, transform, threads)
+        beton = getattr(dataset, split).beton
+        loader = open_loader(recipe.data.loader, beton, transform, threads, recipe.data.cache, device)
         stack.callback(loader.close)
         loaders[split] = loader
     return loaders

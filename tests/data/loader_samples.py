@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from bdkd_dist.data.augment import Transform
-from bdkd_dist.data.beton import BetonWriter
+from bdkd_dist.data.beton import Beton, BetonWriter
 from bdkd_dist.data.loader import Batch, open_loader
 
 needs_ffcv = pytest.mark.skipif(importlib.util.find_spec("ffcv") is None, reason="FFCV is not installed")
@@ -60,7 +60,7 @@ def order(batch_size: int = 16, count: int = COUNT) -> list[np.ndarray]:
 
 
 def read(kind: Any, path: Path, transform: Transform, epoch: int = 0, threads: int = 1, **options: Any) -> list[Batch]:
-    loader = open_loader(kind, path, transform, threads)
+    loader = open_loader(kind, Beton(path), transform, threads)
     try:
         return list(loader.batches(epoch, order(**options)))
     finally:

@@ -1,13 +1,19 @@
 import math
+from fractions import Fraction
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy import stats
 
 from bdkd_dist.config import Augmentation, Data
+from bdkd_dist.config.sections import Resize
+from bdkd_dist.data import augment
 from bdkd_dist.data.augment import Transform
+from bdkd_dist.data.randomness import ORDER_DRAW
 
 MASK = 2**64 - 1
 
@@ -170,3 +176,54 @@ DATA = Data(
 
 def test_training_transform_follows_the_recipe() -> None:
     assert Transform.training(DATA, seed=5) == Transform(64, "resized", 3, 0.25, 2.0, False, 0.875, 5)
+
+
+def test_no_two_draws_have_one_number() -> None:
+    numbers = [ORDER_DRAW]
+    for name, value in vars(augment).items():
+        if name.endswith(("_DRAW", "_DRAWS")):
+            numbers += np.atleast_1d(value).tolist()
+    assert len(numbers) > 40
+    assert len(set(numbers)) == len(numbers)
+
+
+def growing(**changes: Any) -> Transform:
+    fields = {"start_px": 128, "end_px": 224, "from_epoch": 2, "to_epoch": 12, "multiple_px": 32}
+    data = Data(dataset="files", num_classes=10, image_px=256, resize=Resize(**(fields | changes)))
+    return Transform.training(data, seed=5)
+
+
+def test_images_grow_by_a_straight_line_rounded_to_multiples() -> None:
+    # 128 + 9.6 px an epoch from epoch 2 on: 128, 137.6, 147.2, 156.8, 166.4, 176, 185.6, 195.2, 204.8, 214.4, 224.
+    # 176 lies half way between 160 and 192, and halves go up.
+    sizes = [growing().px(epoch) for epoch in range(15)]
+    assert sizes == [128, 128, 128, 128, 160, 160, 160, 192, 192, 192, 192, 224, 224, 224, 224]
+
+
+def test_images_shrink_where_they_end_smaller() -> None:
+    transform = growing(start_px=224, end_px=128, from_epoch=0, to_epoch=3)
+    assert [transform.px(epoch) for epoch in range(5)] == [224, 192, 160, 128, 128]
+
+
+@given(
+    start=st.integers(8, 64), end=st.integers(8, 64), first=st.integers(0, 30), span=st.integers(1, 30), data=st.data()
+)
+def test_sizes_are_the_nearest_multiples_to_the_line(
+    start: int, end: int, first: int, span: int, data: st.DataObject
+) -> None:
+    multiple = data.draw(st.sampled_from([m for m in (1, 2, 3, 5, 8) if start % m == 0 and end % m == 0]))
+    transform = growing(start_px=start, end_px=end, from_epoch=first, to_epoch=first + span, multiple_px=multiple)
+    for epoch in range(first + span + 5):
+        share = Fraction(min(max(epoch - first, 0), span), span)
+        line = start + (end - start) * share
+        px = transform.px(epoch)
+        assert px % multiple == 0
+        assert -Fraction(multiple, 2) < px - line <= Fraction(multiple, 2)
+
+
+def test_without_a_resize_and_in_evaluation_every_epoch_has_the_images_size() -> None:
+    data = Data(dataset="files", num_classes=10, image_px=72, resize=Resize(start_px=32, end_px=64, to_epoch=4))
+    for epoch in range(6):
+        assert make("pad").px(epoch) == 64
+        assert Transform.evaluation(data).px(epoch) == 72
+    assert Transform.training(data, 0).px(0) == 32

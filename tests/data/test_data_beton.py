@@ -80,10 +80,40 @@ def test_no_sample_crosses_a_page_and_pages_grow_with_samples(tmp_path: Path, sh
         np.testing.assert_array_equal(beton.pixels(index), image)
 
 
-def test_too_few_samples_leave_no_file(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"1 samples came, 2 were declared"), BetonWriter(tmp_path / "a", 2) as writer:
-        writer.append_raw(noise(2, 2), 0)
+def test_fewer_samples_than_there_was_room_for_are_a_whole_file(tmp_path: Path) -> None:
+    with BetonWriter(tmp_path / "a", 5) as writer:
+        for seed in range(2):
+            writer.append_raw(noise(20, 30, seed), seed)
+    beton = Beton(tmp_path / "a")
+    assert beton.labels.tolist() == [0, 1]
+    np.testing.assert_array_equal(beton.pixels(1), noise(20, 30, 1))
+
+
+def test_no_sample_leaves_no_file(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no sample came, 2 were declared"), BetonWriter(tmp_path / "a", 2):
+        pass
     assert not list(tmp_path.iterdir())
+
+
+def test_several_files_are_read_as_one(tmp_path: Path) -> None:
+    shapes = {"a": [(20, 30), (40, 10)], "b": [(5, 5)], "c": [(64, 64), (1000, 2000), (8, 9)]}
+    for name, sizes in shapes.items():
+        with BetonWriter(tmp_path / name, len(sizes)) as writer:
+            for place, (height, width) in enumerate(sizes):
+                writer.append_raw(noise(height, width, height), 10 * ord(name) + place)
+    joined = Beton(*(tmp_path / name for name in shapes))
+    flat = [(name, place, shape) for name, sizes in shapes.items() for place, shape in enumerate(sizes)]
+    assert len(joined) == len(flat) == 6
+    for index, (name, place, (height, width)) in enumerate(flat):
+        assert joined.labels[index] == 10 * ord(name) + place
+        np.testing.assert_array_equal(joined.pixels(index), noise(height, width, height))
+        assert joined.named(index) == f"{tmp_path / name}: sample {place}"
+        path, offset, size = joined.page(int(joined.pages[index]))
+        assert path == tmp_path / name
+        assert joined.encoded(index).tobytes() in path.read_bytes()[offset : offset + size]
+    assert len(set(joined.pages.tolist())) == 3  # a file each; the large image has grown the pages of its file
+    copy = pickle.loads(pickle.dumps(joined))
+    np.testing.assert_array_equal(copy.pixels(4), joined.pixels(4))
 
 
 def test_an_error_between_samples_leaves_no_file(tmp_path: Path) -> None:

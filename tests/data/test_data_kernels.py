@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from bdkd_dist.data import kernels
-from bdkd_dist.data.kernels import Pixels, render, resize_area
+from bdkd_dist.data.kernels import Pixels, reduction_of, render, resize_area
 
 
 def noise(height: int, width: int, seed: int = 0) -> Pixels:
@@ -31,6 +31,44 @@ def test_resizing_takes_the_mean_over_the_covered_area(box: tuple[int, int, int,
     want = np.einsum("ip,jq,pqc->ijc", cover(height, 40), cover(width, 40), inside)
     want = want[:, ::-1] if mirror else want
     assert np.abs(out - want).max() < 0.501  # whole numbers, from sums in float32
+
+
+@pytest.mark.parametrize("reduction", [1, 2, 4, 8])
+def test_a_reduced_image_is_resized_by_shares_of_its_pixels(reduction: int) -> None:
+    generator = np.random.default_rng(reduction)
+    source, out = noise(30, 40), np.empty((9, 9, 3), np.uint8)
+    for _ in range(20):
+        top, left = generator.integers(0, 10 * reduction, 2)
+        height, width = generator.integers(9 * reduction, 20 * reduction, 2)
+        resize_area(source, top, left, height, width, False, out, reduction)
+        enlarged = source.repeat(reduction, axis=0).repeat(reduction, axis=1)
+        inside = enlarged[top : top + height, left : left + width].astype(float)
+        want = np.einsum("ip,jq,pqc->ijc", cover(height, 9), cover(width, 9), inside)
+        assert np.abs(out - want).max() < 0.501
+
+
+def test_the_reduction_leaves_at_least_the_outputs_pixels() -> None:
+    assert reduction_of(223, 999, 224) == reduction_of(447, 999, 224) == reduction_of(999, 447, 224) == 1
+    assert reduction_of(448, 448, 224) == reduction_of(895, 5000, 224) == 2
+    assert reduction_of(896, 896, 224) == 4
+    assert reduction_of(1792, 1792, 224) == reduction_of(9999, 9999, 224) == 8
+
+
+@pytest.mark.parametrize(
+    ("placement", "reduction"),
+    [
+        ([20, 16, 32, 32, 0, 0, 1], 1),
+        ([10, 16, 48, 40, 0, 0, 0], 1),
+        ([10, 16, 48, 40, 2, 1, 1], 1),
+        ([21, 15, 64, 80, 1, -2, 1], 2),
+        ([33, 41, 129, 150, 0, 0, 0], 4),
+    ],
+)
+def test_a_part_of_an_image_renders_as_the_whole(placement: list[int], reduction: int) -> None:
+    source, whole, part = noise(60, 70), np.empty((32, 32, 3), np.uint8), np.empty((32, 32, 3), np.uint8)
+    render(source, np.array(placement, np.int32), whole, reduction)
+    render(np.ascontiguousarray(source[7:, 3:]), np.array(placement, np.int32), part, reduction, 7, 3)
+    assert np.array_equal(whole, part)
 
 
 def test_resizing_a_uniform_image_keeps_its_colour() -> None:

@@ -26,6 +26,7 @@ from loader_samples import (
     write_jpegs,
 )
 
+from bdkd_dist.data import jpeg as native_decoder
 from bdkd_dist.data.augment import Transform
 from bdkd_dist.data.beton import Beton, BetonWriter
 from bdkd_dist.data.loader import DataError, open_loader
@@ -42,7 +43,7 @@ def jpegs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_leaving_and_closing_end_threads_and_processes(kind: Any, threads: int, jpegs: Path) -> None:
     before = set(threading.enumerate())
     children = set(multiprocessing.active_children())
-    loader = open_loader(kind, jpegs, make("resized", 48), threads)
+    loader = open_loader(kind, Beton(jpegs), make("resized", 48), threads)
     left = loader.batches(0, order(batch_size=1))
     next(left)
     left.close()
@@ -81,7 +82,7 @@ def test_a_damaged_jpeg_is_named(
     kind: Any, threads: int, start: int, content: bytes, jpegs: Path, tmp_path: Path
 ) -> None:
     path = damaged(jpegs, tmp_path / "damaged.beton", 17, start, content)
-    loader = open_loader(kind, path, make("resized", 48), threads)
+    loader = open_loader(kind, Beton(path), make("resized", 48), threads)
     with pytest.raises(DataError, match=r"damaged\.beton: sample 17 cannot be decoded") as caught:
         list(loader.batches(0, order()))
     assert "\n" not in str(caught.value)
@@ -99,22 +100,23 @@ def test_jpegs_that_only_pillow_reads_are_loaded_and_told_of(tmp_path: Path, cap
             writer.append_jpeg(jpeg(pixels, "CMYK" if index == 5 else "RGB"), *pixels.shape[:2], label=0)
     transform = make("resized", 48)
     with caplog.at_level(logging.WARNING):
-        loader = open_loader("ffcv", path, transform, 1)
+        loader = open_loader("ffcv", Beton(path), transform, 1)
         got = [batch for epoch in range(2) for batch in loader.batches(epoch, [np.array([5])])]
         loader.close()
     assert [record.getMessage() for record in caplog.records] == [
         f"{path}: sample 5 is a damaged or unusual JPEG; Pillow decoded it"
     ]
-    twin = open_loader("torch", path, transform, 1)
+    twin = open_loader("torch", Beton(path), transform, 1)
     assert_equal(got, [batch for epoch in range(2) for batch in twin.batches(epoch, [np.array([5])])])
 
 
-def test_a_size_that_is_not_the_declared_one_is_named(tmp_path: Path) -> None:
+@every_loader
+def test_a_size_that_is_not_the_declared_one_is_named(kind: Any, tmp_path: Path) -> None:
     path = tmp_path / "declared.beton"
     with BetonWriter(path, 1) as writer:
         writer.append_jpeg(jpeg(picture(0)), 40, 30, label=0)
-    loader = open_loader("torch", path, make("none", 32), 1)
-    with pytest.raises(DataError, match=r"declared\.beton: sample 0 has shape .* was declared"):
+    loader = open_loader(kind, Beton(path), make("none", 32), 1)
+    with pytest.raises(DataError, match=r"declared\.beton: sample 0 has 149x134 px, 40x30 were declared"):
         list(loader.batches(0, [np.array([0])]))
     loader.close()
 
@@ -127,10 +129,10 @@ def test_any_exception_in_the_loader_reaches_the_caller(
     def fail(*_: Any) -> None:
         raise ZeroDivisionError("boom")
 
-    loader = open_loader(kind, jpegs, make("resized", 48), 1)
+    loader = open_loader(kind, Beton(jpegs), make("resized", 48), 1)
     with monkeypatch.context() as patch:
         patch.setattr(Transform, "placements", fail)
-        with pytest.raises(DataError, match=r"jpegs\.beton: .*boom"):
+        with pytest.raises(DataError, match=r"jpegs\d: .*boom"):
             list(loader.batches(0, order()))
     assert len(list(loader.batches(0, order()))) == len(order())
     loader.close()
@@ -139,42 +141,34 @@ def test_any_exception_in_the_loader_reaches_the_caller(
 @pytest.mark.slow
 @pytest.mark.timeout(60)
 def test_a_killed_process_reaches_the_caller(jpegs: Path) -> None:
-    loader = open_loader("torch", jpegs, make("resized", 48), 2)
+    loader = open_loader("torch", Beton(jpegs), make("resized", 48), 2)
     reading = loader.batches(0, order(batch_size=2))
     next(reading)
     for child in multiprocessing.active_children():
         os.kill(child.pid or 0, signal.SIGKILL)
-    with pytest.raises(DataError, match=r"jpegs\.beton: loading failed: "):
+    with pytest.raises(DataError, match=r"jpegs\d: loading failed: "):
         list(reading)
     assert len(list(loader.batches(0, order()))) == len(order())
     loader.close()
 
 
-def test_auto_takes_ffcv_where_it_is(jpegs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_takes_the_native_loader_where_it_loads(jpegs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def opened() -> str:
-        return type(open_loader("auto", jpegs, make("none", 48), 1)).__name__
+        return type(open_loader("auto", Beton(jpegs), make("none", 48), 1)).__name__
 
-    assert opened() == ("TorchLoader" if importlib.util.find_spec("ffcv") is None else "FFCVLoader")
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    native = native_decoder.available() or importlib.util.find_spec("ffcv") is not None
+    assert opened() == ("FFCVLoader" if native else "TorchLoader")
+    monkeypatch.setitem(sys.modules, "bdkd_dist.data.ffcv_loader", None)
     assert opened() == "TorchLoader"
 
 
-def test_asking_for_an_absent_ffcv_is_a_users_mistake(jpegs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "bdkd_dist.data.ffcv_loader", None)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError) as caught:
-        open_loader("ffcv", jpegs, make("none", 48), 1)
-    assert str(caught.value) == (
-        "data.loader=ffcv: FFCV is not installed here (run `bdkd doctor`); data.loader=torch reads the same files"
-    )
-
-
-def test_an_ffcv_that_does_not_load_is_told_of(
-    jpegs: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("ffcv", [None, object()], ids=["absent", "broken"])
+def test_a_native_loader_that_does_not_load_is_a_users_mistake_to_ask_for(
+    jpegs: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, ffcv: object
 ) -> None:
     monkeypatch.setitem(sys.modules, "bdkd_dist.data.ffcv_loader", None)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
-    assert type(open_loader("auto", jpegs, make("none", 48), 1)).__name__ == "TorchLoader"
-    assert "FFCV does not load here" in caplog.text
-    with pytest.raises(UserError, match=r"data\.loader=ffcv: FFCV does not load here"):
-        open_loader("ffcv", jpegs, make("none", 48), 1)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: ffcv)
+    assert type(open_loader("auto", Beton(jpegs), make("none", 48), 1)).__name__ == "TorchLoader"
+    assert ("reading with torch's DataLoader" in caplog.text) == (ffcv is not None)
+    with pytest.raises(UserError, match=r"data\.loader=ffcv: .*`bdkd doctor`.*data\.loader=torch reads the same files"):
+        open_loader("ffcv", Beton(jpegs), make("none", 48), 1)

@@ -42,20 +42,43 @@ def test_order_needs_no_compiler() -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "set()"
 
 
-@given(sizes, st.integers(1, 6), worlds, st.integers(0, 5))
-def test_ranks_share_the_global_batches_in_order(count: int, per_rank: int, world: int, first_step: int) -> None:
-    order, size = np.random.default_rng(count).permutation(count), per_rank * world
+@given(sizes, st.integers(1, 50), worlds, st.integers(0, 5))
+def test_ranks_share_the_global_batches_in_order(count: int, size: int, world: int, first_step: int) -> None:
+    order = np.random.default_rng(count).permutation(count)
+    steps = -(-count // size)
+    large, sizes_left = count % steps, steps
+    whole, start = [], 0
+    for k in range(sizes_left):
+        end = start + count // steps + (k < large)
+        whole.append(order[start:end].tolist())
+        start = end
     ranks = [rank_batches(order, size, rank, world, first_step) for rank in range(world)]
-    steps = max(0, count // size - first_step)
-    assert all(len(batches) == steps for batches in ranks)
     joined = [np.concatenate(shares).tolist() for shares in zip(*ranks, strict=True)]
-    assert joined == [order[k * size : (k + 1) * size].tolist() for k in range(first_step, first_step + steps)]
+    assert joined == whole[first_step:]
+    assert max(map(len, whole)) <= size
+    for shares in zip(*ranks, strict=True):
+        lengths = [len(share) for share in shares]
+        assert max(lengths) - min(lengths) <= 3  # a pair more, and the last pair may lack one
+        starts = np.cumsum([0, *lengths])[:-1]
+        assert all(start % 2 == 0 or start == sum(lengths) for start in starts)
+
+
+@given(sizes, st.integers(1, 6), worlds, st.data())
+def test_a_resumed_epoch_brings_the_samples_not_yet_seen_to_any_number_of_ranks(
+    count: int, per_rank: int, world: int, data: st.DataObject
+) -> None:
+    order, size = np.random.default_rng(count).permutation(count), per_rank * world
+    first_step, later = data.draw(st.integers(0, -(-count // size))), data.draw(worlds)
+    before = [rank_batches(order, size, rank, world)[:first_step] for rank in range(world)]
+    after = [rank_batches(order, size, rank, later, first_step) for rank in range(later)]
+    seen = np.concatenate([np.empty(0, int), *(b for batches in before + after for b in batches)])
+    assert sorted(seen.tolist()) == sorted(order.tolist())
 
 
 @given(sizes, st.integers(1, 6), worlds, st.data())
 def test_resumed_batches_are_the_tail(count: int, per_rank: int, world: int, data: st.DataObject) -> None:
     order, size = np.arange(count)[::-1], per_rank * world
-    rank, first_step = data.draw(st.integers(0, world - 1)), data.draw(st.integers(0, count // size))
+    rank, first_step = data.draw(st.integers(0, world - 1)), data.draw(st.integers(0, -(-count // size)))
     whole = rank_batches(order, size, rank, world)
     tail = rank_batches(order, size, rank, world, first_step)
     assert [batch.tolist() for batch in tail] == [batch.tolist() for batch in whole[first_step:]]

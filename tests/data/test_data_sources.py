@@ -1,159 +1,17 @@
-import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-from fake_sources import FILE, data, encode, noise, write_cifar100, write_folder, write_shard
+from fake_sources import PNGS, data, images, noise, refuse, write_cifar100, write_folder, write_splits
 from PIL import Image
-from realdata import CIFAR100, CLOTHING, needs_cifar100, needs_clothing
 
-from bdkd_dist.data.sources import Source, open_source
-from bdkd_dist.errors import UserError
+from bdkd_dist.data.sources import find_source, open_source
 
-PNGS = [encode(noise(4, 4, seed)) for seed in range(6)]
 SMALL = {"train": {"a": 2, "b": 1}, "test": {"b": 2}}
-
-
-def write_splits(root: Path, **splits: list[int]) -> None:
-    for name, labels in splits.items():
-        write_shard(root / f"{name}-00000-of-00001.parquet", PNGS[: len(labels)], labels)
-
-
-def refuse(complaint: str, **settings: object) -> None:
-    with pytest.raises(UserError, match=complaint):
-        open_source(data(**settings))
-
-
-def images(source: Source, split: str) -> list[object]:
-    return [sample.image for sample in source.splits[split].iterate()]
-
-
-# --- Parquet
-
-
-@pytest.mark.parametrize(
-    ("train", "validation", "test"),
-    [
-        ("train-0.parquet", "validation-0.parquet", "test-0.parquet"),
-        ("train.parquet", "val_0.parquet", "test.parquet"),
-        ("data/train-0.parquet", "data/valid-0.parquet", "data/test-0.parquet"),
-        ("train/0000.parquet", "val/0000.parquet", "test/0000.parquet"),
-    ],
-)
-def test_shards_are_found_by_the_name_of_their_split(tmp_path: Path, train: str, validation: str, test: str) -> None:
-    write_shard(tmp_path / train, PNGS[:3], [0, 1, 0])
-    write_shard(tmp_path / validation, PNGS[3:4], [1])
-    write_shard(tmp_path / test, PNGS[4:], [1, 0])
-    source = open_source(data(root=str(tmp_path)))
-    assert {name: split.labels.tolist() for name, split in source.splits.items()} == {
-        "train": [0, 1, 0],
-        "validation": [1],
-        "test": [1, 0],
-    }
-    assert images(source, "train") + images(source, "validation") + images(source, "test") == PNGS
-    assert source.class_names == ("0", "1")
-    assert source.name == tmp_path.name
-
-
-def test_shards_of_a_split_follow_by_name(tmp_path: Path) -> None:
-    for shard in (2, 0, 1):
-        write_shard(tmp_path / f"train-{shard}.parquet", PNGS[2 * shard : 2 * shard + 2], [shard % 2, shard % 2])
-    write_splits(tmp_path, test=[0])
-    source = open_source(data(root=str(tmp_path)))
-    assert source.splits["train"].labels.tolist() == [0, 0, 1, 1, 0, 0]
-    samples = list(source.splits["train"].iterate())
-    assert [sample.image for sample in samples] == PNGS
-    assert [sample.label for sample in samples] == [0, 0, 1, 1, 0, 0]
-    assert samples[3].origin == "train-1.parquet row 1"
-
-
-def test_a_plain_binary_column_holds_images_too(tmp_path: Path) -> None:
-    for split in ("train", "test"):
-        table = pa.table({"name": ["x", "y"], "png": pa.array(PNGS[:2], pa.binary()), "class": [1, 0]})
-        pq.write_table(table, tmp_path / f"{split}.parquet")
-    source = open_source(data(root=str(tmp_path)))
-    assert images(source, "train") == PNGS[:2]
-    assert source.splits["train"].labels.tolist() == [1, 0]
-
-
-def test_fine_label_is_read_where_there_is_no_label(tmp_path: Path) -> None:
-    image = pa.array([{"bytes": png, "path": None} for png in PNGS[:2]], FILE)
-    for split in ("train", "test"):
-        table = pa.table({"img": image, "coarse_label": [5, 5], "fine_label": [0, 1]})
-        pq.write_table(table, tmp_path / f"{split}.parquet")
-    assert open_source(data(root=str(tmp_path))).splits["train"].labels.tolist() == [0, 1]
-
-
-@pytest.mark.parametrize(
-    "metadata",
-    [
-        {"class_names": json.dumps(["cat", "dog"])},
-        {
-            "huggingface": json.dumps(
-                {"info": {"features": {"label": {"_type": "ClassLabel", "names": ["cat", "dog"]}}}}
-            )
-        },
-    ],
-)
-def test_class_names_come_from_the_schema(tmp_path: Path, metadata: dict[str, str]) -> None:
-    write_splits(tmp_path, train=[0, 1], test=[0])
-    path = tmp_path / "train-00000-of-00001.parquet"
-    pq.write_table(pq.read_table(path).replace_schema_metadata(metadata), path)
-    assert open_source(data(root=str(tmp_path))).class_names == ("cat", "dog")
-
-
-def test_a_validation_split_is_the_test_split_where_no_other_has_labels(tmp_path: Path) -> None:
-    write_splits(tmp_path, train=[0, 1], validation=[1, 1, 0])
-    without = open_source(data(root=str(tmp_path)))
-    write_splits(tmp_path, test=[-1, -1])
-    unlabelled = open_source(data(root=str(tmp_path)))
-    for source in (without, unlabelled):
-        assert sorted(source.splits) == ["test", "train"]
-        assert source.splits["test"].name == "test"
-        assert source.splits["test"].labels.tolist() == [1, 1, 0]
-
-
-def test_images_stream_from_a_shard(tmp_path: Path) -> None:
-    contents = [os.urandom(100_000) for _ in range(400)]
-    for split in ("train", "test"):
-        write_shard(tmp_path / f"{split}.parquet", contents, [0, 1] * 200, write_batch_size=4, compression="none")
-    before = pa.total_allocated_bytes()
-    source = open_source(data(root=str(tmp_path)))
-    most, total = 0, 0
-    for sample in source.splits["train"].iterate():
-        most, total = max(most, pa.total_allocated_bytes() - before), total + len(sample.image)
-    assert total == 40_000_000
-    assert most < total / 4
-    assert total <= source.splits["train"].encoded_bytes < 1.1 * total
-
-
-@needs_cifar100
-def test_cifar100_shards() -> None:
-    source = open_source(data(dataset="cifar100", root=str(CIFAR100), num_classes=100))
-    assert source.name == "cifar100"
-    assert np.bincount(source.splits["train"].labels).tolist() == [500] * 100
-    assert np.bincount(source.splits["test"].labels).tolist() == [100] * 100
-    assert source.class_names[:2] == ("apple", "aquarium_fish")
-    rows = pq.ParquetFile(CIFAR100 / "test-00000-of-00001.parquet").read_row_group(0).to_pylist()
-    stream = source.splits["test"].iterate()
-    for row in rows[:50]:
-        sample = next(stream)
-        assert (sample.image, sample.label) == (row["img"]["bytes"], row["label"])
-
-
-@needs_clothing
-def test_clothing_shards_have_three_splits() -> None:
-    source = open_source(data(root=str(CLOTHING), num_classes=10))
-    assert {name: len(split) for name, split in source.splits.items()} == {
-        "train": 3068,
-        "validation": 341,
-        "test": 372,
-    }
-    assert source.class_names[-1] == "t-shirt"
 
 
 # --- image folders
@@ -168,22 +26,51 @@ def test_classes_of_an_image_folder_are_those_of_train_by_name(tmp_path: Path) -
     source = open_source(data(root=str(tmp_path)))
     assert source.class_names == ("a", "b")
     assert {name: split.labels.tolist() for name, split in source.splits.items()} == {
-        "train": [0, 0, 0, 1],
+        "train": [sample.label for sample in source.splits["train"].iterate()],
         "validation": [0],
         "test": [1, 1],
     }
     samples = list(source.splits["train"].iterate())
-    assert [sample.origin for sample in samples] == [
-        f"train/{n}" for n in ("a/0.png", "a/1.png", "a/deep/x.JPG", "b/0.png")
-    ]
-    assert samples[1].image == (tmp_path / "train/a/1.png").read_bytes()
+    assert {sample.origin: sample.label for sample in samples} == {
+        "train/a/0.png": 0,
+        "train/a/1.png": 0,
+        "train/a/deep/x.JPG": 0,
+        "train/b/0.png": 1,
+    }
+    assert all(sample.image == (tmp_path / sample.origin).read_bytes() for sample in samples)
     assert source.splits["train"].encoded_bytes == sum(len(sample.image) for sample in samples)
 
 
-def test_images_of_a_class_follow_by_name(tmp_path: Path) -> None:
-    write_folder(tmp_path, {"train": {"a": 20, "b": 20}, "test": {"a": 1}})
-    origins = [sample.origin for sample in open_source(data(root=str(tmp_path))).splits["train"].iterate()]
-    assert origins == sorted(f"train/{c}/{n}.png" for c in "ab" for n in range(20))
+def test_training_images_mix_classes_in_an_order_that_stays_and_others_follow_by_name(tmp_path: Path) -> None:
+    counts = dict.fromkeys("abcd", 40)
+    write_folder(tmp_path, {"train": counts, "val": counts, "test": counts}, side_px=1)
+    by_name = sorted(f"{c}/{n}.png" for c in "abcd" for n in range(40))
+    first, again = (open_source(data(root=str(tmp_path), num_classes=4)) for _ in range(2))
+    origins = {name: [sample.origin for sample in split.iterate()] for name, split in first.splits.items()}
+    assert origins["validation"] == [f"val/{name}" for name in by_name]
+    assert origins["test"] == [f"test/{name}" for name in by_name]
+    assert origins["train"] != sorted(origins["train"]) == [f"train/{name}" for name in by_name]
+    assert [sample.origin for sample in again.splits["train"].iterate()] == origins["train"]
+    for start in range(0, 160, 40):  # hypergeometric: 10 of each class, standard deviation 2.4
+        assert np.bincount(first.splits["train"].labels[start : start + 40], minlength=4).min() >= 2
+
+
+@pytest.mark.parametrize(("most", "lengths"), [("files", [3, 3, 3, 1]), ("bytes", [2, 2, 2, 2, 2])])
+def test_an_image_folder_is_cut_into_pieces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: str, lengths: list[int]
+) -> None:
+    for n in range(10):
+        for split in ("train", "test"):
+            path = tmp_path / split / "ab"[n % 2] / f"{n}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(bytes([n]) * 1000)
+    whole = open_source(data(root=str(tmp_path))).splits["train"]
+    limit = ("SMALL_PIECE_FILES", 3) if most == "files" else ("SMALL_PIECE_BYTES", 2999)
+    monkeypatch.setattr(f"bdkd_dist.data.sources.folders.{limit[0]}", limit[1])
+    split = open_source(data(root=str(tmp_path))).splits["train"]
+    assert [len(piece) for piece in split.pieces] == lengths
+    assert [piece.encoded_bytes for piece in split.pieces] == [1000 * length for length in lengths]
+    assert list(split.iterate()) == list(whole.iterate())
 
 
 def test_a_test_folder_without_classes_is_unlabelled(tmp_path: Path) -> None:
@@ -191,6 +78,26 @@ def test_a_test_folder_without_classes_is_unlabelled(tmp_path: Path) -> None:
     (tmp_path / "test").mkdir()
     (tmp_path / "test" / "0.png").write_bytes(PNGS[0])
     assert open_source(data(root=str(tmp_path))).splits["test"].labels.tolist() == [1, 1, 1]
+
+
+def test_images_without_classes_are_a_test_split_where_asked_for(tmp_path: Path) -> None:
+    for n in (1, 0):
+        (tmp_path / f"{n}.png").write_bytes(PNGS[n])
+    (tmp_path / "._0.png").write_bytes(b"no image")
+    (tmp_path / "notes.txt").write_text("no image either")
+    source = find_source(data(root=str(tmp_path)), without_classes=True)
+    assert list(source.splits) == ["test"]
+    assert images(source, "test") == PNGS[:2]
+    assert source.splits["test"].labels.tolist() == [0, 0]
+    refuse("holds none of these", root=str(tmp_path))
+    write_folder(tmp_path, SMALL)
+    assert sorted(find_source(data(root=str(tmp_path)), without_classes=True).splits) == ["test", "train"]
+
+
+def test_libraries_are_loaded_when_a_source_needs_them() -> None:
+    heavy = "{'pyarrow', 'torchvision', 'sklearn', 'filelock', 'PIL'}"
+    code = f"import sys, bdkd_dist.data.sources; assert not {heavy} & set(sys.modules), {heavy} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 # --- digits and CIFAR
@@ -244,7 +151,7 @@ def test_cifar_of_torchvision_needs_no_network_once_there(cifar100: SimpleNamesp
     assert source.class_names[42] == "class 42"
     (cifar100.root / "torchvision").mkdir()
     (cifar100.root / "cifar-100-python").rename(cifar100.root / "torchvision" / "cifar-100-python")
-    assert open_source(data(cache=str(cifar100.root), **settings)).fingerprint == source.fingerprint
+    assert open_source(data(prepared=str(cifar100.root), **settings)).fingerprint == source.fingerprint
 
 
 def test_an_altered_cifar_is_refused(cifar100: SimpleNamespace) -> None:
@@ -265,7 +172,7 @@ def test_without_a_network_download_says_what_to_give(tmp_path: Path, monkeypatc
         dataset="cifar100",
         num_classes=100,
         download=True,
-        cache=str(tmp_path),
+        prepared=str(tmp_path),
     )
 
 
@@ -302,10 +209,13 @@ def test_the_fingerprint_of_digits_follows_their_size() -> None:
 
 
 def test_mistakes_about_the_root(tmp_path: Path) -> None:
-    refuse(r"data\.root is not set: give a folder of Parquet shards .* or an image folder \(train/<class>/\.\.\.\)$")
-    refuse(r"data\.root is not set: .*, or data\.download=true$", dataset="cifar10", cache=str(tmp_path))
+    refuse(
+        r"data\.root is not set: give a folder of Parquet shards .* an image folder \(train/<class>/\.\.\.\) or "
+        r"a folder of tars \(train\*\.tar: of class folders, a WebDataset, or train/<class>\.tar\)$"
+    )
+    refuse(r"data\.root is not set: .*, or data\.download=true$", dataset="cifar10", prepared=str(tmp_path))
     refuse(r"data\.root=/no/where does not exist", root="/no/where")
-    refuse(r"data\.root=.* holds neither", root=str(tmp_path))
+    refuse(r"data\.root=.* holds none of these", root=str(tmp_path))
     write_splits(tmp_path, test=[0])
     refuse(r"has no train-\*\.parquet", root=str(tmp_path))
 
@@ -328,45 +238,6 @@ def test_class_counts_must_agree(tmp_path: Path) -> None:
 def test_labels_out_of_range_are_named(tmp_path: Path, wrong: int) -> None:
     write_splits(tmp_path, train=[0, 1], test=[0, wrong])
     refuse(rf"test image 1 has label {wrong} \(allowed: 0 to 1\)", root=str(tmp_path))
-
-
-def test_columns_that_are_not_there_are_named(tmp_path: Path) -> None:
-    pq.write_table(pa.table({"label": [0, 1], "text": ["a", "b"]}), tmp_path / "train.parquet")
-    refuse(r"train\.parquet has no image column", root=str(tmp_path))
-    two = {"a": pa.array(PNGS[:2], pa.binary()), "b": pa.array(PNGS[:2], pa.binary())}
-    pq.write_table(pa.table({**two, "label": [0, 1]}), tmp_path / "train.parquet")
-    refuse(r"2 image columns \(a, b\)", root=str(tmp_path))
-    pq.write_table(pa.table({"a": two["a"], "x": [0, 1], "y": [0, 1]}), tmp_path / "train.parquet")
-    refuse(r"no label column.*columns: a, x, y", root=str(tmp_path))
-
-
-def test_shards_that_do_not_fit_are_named(tmp_path: Path) -> None:
-    write_splits(tmp_path, train=[0, 1], test=[0])
-    second = tmp_path / "train-00001.parquet"
-    write_shard(second, PNGS[:1], [0], label_column="other")
-    refuse(r"train-00001\.parquet cannot be read", root=str(tmp_path))
-    write_shard(second, PNGS[:1], [0], image_column="other")
-    refuse(r"train-00001\.parquet has no column 'image'", root=str(tmp_path))
-    pq.write_table(pa.table({"image": pa.nulls(1, FILE), "label": pa.array([None], pa.int64())}), second)
-    refuse(r"train-00001\.parquet: label column 'label' has rows without an integer", root=str(tmp_path))
-    second.write_bytes(b"no Parquet at all")
-    refuse(r"train-00001\.parquet cannot be read", root=str(tmp_path))
-
-
-def test_a_row_without_bytes_is_named(tmp_path: Path) -> None:
-    write_splits(tmp_path, test=[0])
-    write_shard(tmp_path / "train.parquet", [PNGS[0], None], [0, 1])
-    with pytest.raises(UserError, match=r"train\.parquet row 1: column 'image' holds no image bytes"):
-        images(open_source(data(root=str(tmp_path))), "train")
-
-
-def test_a_damaged_shard_is_named_while_it_streams(tmp_path: Path) -> None:
-    write_splits(tmp_path, train=[0, 1], test=[0])
-    path = tmp_path / "train-00000-of-00001.parquet"
-    source = open_source(data(root=str(tmp_path)))
-    path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(UserError, match=r"train-00000-of-00001\.parquet cannot be read"):
-        images(source, "train")
 
 
 def test_mistakes_about_class_folders(tmp_path: Path) -> None:

@@ -21,6 +21,18 @@ def test_an_epoch_is_every_sample_once_and_an_evaluation_too(tmp_path: Path) -> 
         assert log.networks["student"].metrics["count"] == SAMPLES
 
 
+def test_training_sees_every_sample_once_an_epoch_in_batches_of_nearly_one_size(tmp_path: Path) -> None:
+    made = trainer(tmp_path)
+    seen: list[torch.Tensor] = []
+    step = made._train_step
+    made._train_step = lambda batch: (seen.append(batch.indices), step(batch))  # type: ignore[method-assign]
+    made.run()
+    assert [len(indices) for indices in seen] == 2 * [8, 8, 8, 7, 7]
+    for epoch in (seen[:5], seen[5:]):
+        assert sorted(torch.cat(epoch).tolist()) == list(range(SAMPLES))
+    assert not torch.equal(torch.cat(seen[:5]), torch.cat(seen[5:]))
+
+
 def test_the_moving_average_follows_the_student(tmp_path: Path) -> None:
     made = trainer(tmp_path, "train.ema_decay=0.75")
     student, average = made.pair.networks["student"], made.averages["student_ema"]
@@ -138,3 +150,16 @@ def test_two_and_four_ranks_equal_one_unless_batch_norm_is_local(tmp_path: Path)
             torch.testing.assert_close(several[key], value, **close, msg=lambda text, k=key: f"{k}: {text}")
     local = weights(2, "local")
     assert not all(torch.allclose(local[key], value, **close) for key, value in one.items())
+
+
+@pytest.mark.slow
+def test_two_ranks_augment_and_mix_as_one(tmp_path: Path) -> None:
+    augment = ["rand_ops=1", "brightness=0.4", "hue=0.1", "cutout_px=3", "mixup_alpha=0.4", "cutmix_alpha=1"]
+    settings = ["optimizer.lr=0.002", "objective.gate=soft", *(f"data.augment.{key}" for key in augment)]
+    one, two = (final_state(tmp_path / str(world), world, *settings) for world in (1, 2))
+    plain = final_state(tmp_path / "plain", 1, *settings[:2])
+    for role, weights in one["networks"].items():
+        for key, value in weights.items():
+            torch.testing.assert_close(two["networks"][role][key], value, rtol=1e-3, atol=1e-4)
+    students = one["networks"]["student"], plain["networks"]["student"]
+    assert not all(torch.allclose(students[0][key], students[1][key], rtol=1e-3, atol=1e-4) for key in students[0])

@@ -177,7 +177,7 @@ def test_entropies_stand_sample_by_sample_at_the_gates_temperature(tmp_path: Pat
     made = trainer(tmp_path, "objective.entropy_temperature=2", observer=observer)
     made.run()
     entropies = observer.evaluations[-1].entropies
-    images = torch.cat([batch.images.clone() for batch in Noise().batches(0, np.split(np.arange(SAMPLES), 5))])
+    images = torch.cat([batch.images.clone() for batch in Noise().batches(0, np.array_split(np.arange(SAMPLES), 5))])
     for name, network in made.networks.items():
         with torch.no_grad():
             z = network.eval()(made.pair.normalise(images)).double().numpy() / 2

@@ -17,9 +17,9 @@ def test_this_machine_has_what_is_needed() -> None:
 def test_a_full_disk_names_the_key_that_moves_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: usage(2**40, 2**40 - 1, 1))
-    finding = doctor._room("cache", tmp_path / "not/yet/made", 2**30, "set data.cache to another disk")
+    finding = doctor._room("cache", tmp_path / "not/yet/made", 2**30, "set data.prepared to another disk")
     assert finding.status == "optional"
-    assert "data.cache" in finding.mend
+    assert "data.prepared" in finding.mend
 
 
 def test_a_package_that_is_installed_but_broken_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

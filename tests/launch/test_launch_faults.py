@@ -37,7 +37,7 @@ def rank_main(rank: int, cache: str, storage: str) -> None:
     os.environ |= {"OMP_NUM_THREADS": "1"}
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{storage}/meeting", rank=rank, world_size=2)
-    recipe = config.load("digits", [*SMALL, *TWO, f"data.cache={cache}", f"run.storage={storage}", "run.name=run"])
+    recipe = config.load("digits", [*SMALL, *TWO, f"data.prepared={cache}", f"run.storage={storage}", "run.name=run"])
     work(recipe, RunFolder.of(recipe), torch.device("cpu"), Observers(), lambda: False, print)
     dist.barrier()  # a rank that leaves while another still talks to it can crash that one
     dist.destroy_process_group()
@@ -121,7 +121,7 @@ order.rank_batches = faulty
 @pytest.mark.parametrize(
     ("fault", "status", "words"),
     [
-        ("batches[2][3] = 10**6", 1, ["train.beton", "1000000"]),
+        ("batches[2][3] = 10**6", 1, ["cache", "1000000"]),
         ("raise UserError('data.root=/lent: gone')", 2, ["data.root=/lent: gone"]),
         ("raise ZeroDivisionError('a bug')", 1, ["ZeroDivisionError: a bug"]),
     ],

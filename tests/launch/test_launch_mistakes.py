@@ -23,7 +23,7 @@ def refused(arguments: list[str]) -> str:
     [
         (["train.epoch=2"], ["train.epoch", "did you mean 'train.epochs'?"]),
         (["data.num_classes=7"], ["data.num_classes=7", "10 classes"]),
-        (["train.batch_size=4000"], ["train.batch_size=4000", "340 training images"]),
+        (["train.batch_size=4000"], ["train.batch_size=4000", "311 training images"]),
         (["data.train_limit=100000"], ["data.train_limit=100000"]),
         (["models.student=resnet9"], ["resnet9", "did you mean 'resnet"]),
         (["models.teacher=inception_v3"], ["models.teacher=inception_v3", "data.image_px=32"]),

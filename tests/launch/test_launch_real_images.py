@@ -55,7 +55,7 @@ def test_photographs_at_224(cache: Path, tmp_path: Path) -> None:
     overrides = [f"data.root={root}", "train.epochs=2", "train.batch_size=16", "schedule.warmup_epochs=1"]
     execute(command(cache, tmp_path, *overrides, recipe="clothing_r34_r18"))
     assert results(tmp_path / "run")["test"]["student"]["raw"]["count"] == 32
-    (prepared,) = cache.glob("source-*/train.beton")
+    (prepared,) = cache.glob("source-*/train-00000.beton")
     assert Beton(prepared).is_jpeg.all()
 
 
@@ -75,7 +75,8 @@ def test_an_image_folder_trains_and_is_evaluated_elsewhere(cache: Path, tmp_path
     execute(command(cache, tmp_path, *small, recipe="clothing_r34_r18"))
     before = results(tmp_path / "run")
     moved = root.rename(tmp_path / "moved")
-    done = execute([str(BDKD), "evaluate", str(tmp_path / "run"), f"data.root={moved}", f"data.cache={tmp_path}/other"])
+    places = [f"data.root={moved}", f"data.prepared={tmp_path}/other"]
+    done = execute([str(BDKD), "evaluate", str(tmp_path / "run"), *places])
     assert "top-1" in done.stdout
     after = results(tmp_path / "run")
     assert after["test"]["student"]["raw"] == pytest.approx(before["test"]["student"]["raw"], rel=1e-6)

@@ -70,9 +70,9 @@ def test_confidence_that_says_nothing_has_an_auroc_of_a_half_and_one_that_parts_
 
 
 def labels_of(where: Path | str, cache: Path) -> tuple[list[str], list[int]]:
-    prepared = prepare_foreign(str(where), data(cache=str(cache)))
+    prepared = prepare_foreign(str(where), data(prepared=str(cache)))
     (split,) = prepared.splits
-    return [split], Beton(prepared.path(split)).labels.tolist()
+    return [split], Beton(*prepared.paths(split)).labels.tolist()
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_it_is_prepared_once_and_apart_from_the_same_data_as_a_runs_own(tmp_path
 
     write_folder(tmp_path / "other", {"train": {"a": 3, "b": 3}, "test": {"a": 1, "b": 1}})
     told: list[str] = []
-    settings = data(cache=str(tmp_path / "cache"), root=str(tmp_path / "other"))
+    settings = data(prepared=str(tmp_path / "cache"), root=str(tmp_path / "other"))
     first = prepare_foreign(str(tmp_path / "other"), settings, lambda split, done, total: told.append(split))
     assert told == ["test"]
     prepare_foreign(str(tmp_path / "other"), settings, lambda split, done, total: told.append(split))
@@ -114,16 +114,16 @@ def test_it_is_prepared_once_and_apart_from_the_same_data_as_a_runs_own(tmp_path
 
 
 def test_digits_come_by_their_name_at_the_runs_size(tmp_path: Path) -> None:
-    prepared = prepare_foreign("digits", data(cache=str(tmp_path), image_px=24))
+    prepared = prepare_foreign("digits", data(prepared=str(tmp_path), image_px=24))
     assert list(prepared.splits) == ["test"]
-    assert Beton(prepared.path("test")).pixels(0).shape == (24, 24, 3)
+    assert Beton(*prepared.paths("test")).pixels(0).shape == (24, 24, 3)
 
 
 @pytest.mark.parametrize(
     ("make", "words"),
     [
         (lambda root: None, ["does not exist", "train/<class>"]),
-        (lambda root: root.mkdir(), ["holds neither", "train-*.parquet", "train/<class>"]),
+        (lambda root: root.mkdir(), ["holds none of these", "train-*.parquet", "train/<class>"]),
         (lambda root: (root / "train").mkdir(parents=True), ["holds no class folders"]),
         (lambda root: (root / "train/a").mkdir(parents=True), ["holds no images"]),
         (lambda root: write_shard(root / "test-0.parquet", [encode(noise(9, 9))], [0]), [": has no train-*.parquet"]),
@@ -135,7 +135,7 @@ def test_a_source_without_images_is_named_in_one_line(make: Any, words: list[str
     root = tmp_path / "other"
     make(root)
     with pytest.raises(UserError) as caught:
-        prepare_foreign(str(root), data(cache=str(tmp_path / "cache")))
+        prepare_foreign(str(root), data(prepared=str(tmp_path / "cache")))
     assert str(caught.value).startswith(f"--ood {root}: ")
     assert "\n" not in str(caught.value)
     for word in words:

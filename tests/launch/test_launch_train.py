@@ -156,8 +156,14 @@ class TestTwoWorkers:
         assert ours["step"] == expected["step"]
         for name, network in expected["networks"].items():
             for key, value in network.items():
+                # Statistics of activations magnify what rounding does to weights: five times as much is allowed.
+                wider = 5 if "running" in key else 1
                 torch.testing.assert_close(
-                    ours["networks"][name][key], value, rtol=1e-2, atol=1e-3, msg=lambda text, k=key: f"{k}: {text}"
+                    ours["networks"][name][key],
+                    value,
+                    rtol=1e-2 * wider,
+                    atol=1e-3 * wider,
+                    msg=lambda text, k=key: f"{k}: {text}",
                 )
         for line, other in zip(metric_lines(two), metric_lines(one), strict=True):
             assert (line["step"], line["epoch"]) == (other["step"], other["epoch"])

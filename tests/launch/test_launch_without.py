@@ -1,4 +1,7 @@
-"""Machines without FFCV or without Ray: one process trains all the same, and what is asked for by name is refused."""
+"""Machines without FFCV and the native decoder, or without Ray.
+
+One process trains all the same, and what is asked for by name is refused.
+"""
 
 import json
 from pathlib import Path
@@ -9,20 +12,38 @@ from runs import BDKD, command, execute
 pytestmark = pytest.mark.slow
 
 ABSENT = """
+import ctypes
 from importlib.machinery import PathFinder
 find = PathFinder.find_spec
 PathFinder.find_spec = lambda name, *rest: None if name.split(".")[0] in {names!r} else find(name, *rest)
+
+class CDLL(ctypes.CDLL):
+    def __init__(self, name, *rest, **options):
+        if {native!r} in str(name):
+            raise OSError(f"{{name}}: cannot open shared object file")
+        super().__init__(name, *rest, **options)
+
+ctypes.CDLL = CDLL
 """
 
 
 @pytest.fixture
 def without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Make every process started from here find neither FFCV nor Ray, as where they are not installed."""
-    folder = tmp_path / "site"
-    folder.mkdir()
-    (folder / "sitecustomize.py").write_text(ABSENT.format(names=("ffcv", "ray")))
-    monkeypatch.setenv("PYTHONPATH", str(folder))
+    """Make every process started from here find neither FFCV, Ray nor the native decoder, as where they are not."""
+    hide(tmp_path, monkeypatch, ("ffcv", "ray"), "_jpeg.")
     return tmp_path
+
+
+def hide(folder: Path, monkeypatch: pytest.MonkeyPatch, names: tuple[str, ...], native: str) -> None:
+    site = folder / "site"
+    site.mkdir()
+    (site / "sitecustomize.py").write_text(ABSENT.format(names=names, native=native))
+    monkeypatch.setenv("PYTHONPATH", str(site))
+
+
+def test_the_native_decoder_alone_reads_as_fast(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hide(tmp_path, monkeypatch, ("ffcv",), "no library")
+    assert "loader ffcv" in execute(command(cache, tmp_path, "train.epochs=1")).stdout
 
 
 def test_one_process_trains_with_the_torch_loader(without: Path, cache: Path) -> None:
@@ -48,8 +69,9 @@ def test_what_is_absent_is_refused_by_name(without: Path, cache: Path, override:
 
 def test_doctor_says_what_is_missing_and_how_to_mend_it(without: Path) -> None:
     done = execute([str(BDKD), "doctor"], status=1)
-    (ffcv,) = [line for line in done.stdout.splitlines() if "ffcv" in line]
-    assert "optional" in ffcv
+    for name in ("ffcv", "native decoder"):
+        (found,) = [line for line in done.stdout.splitlines() if line.strip(" │┃").startswith(name)]
+        assert "optional" in found
     assert "apt-get install" in done.stdout
     (ray,) = [line for line in done.stdout.splitlines() if line.strip(" │┃").startswith("ray")]
     assert "missing" in ray

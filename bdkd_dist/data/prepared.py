@@ -1,0 +1,170 @@
+"""What a prepared data set is on the disk: beton files and the manifest that says what they must be.
+
+A folder holds ``manifest.json`` and, for each split, files ``<split>-00000.beton``, ``<split>-00001.beton`` and so on,
+which are read as one. The manifest is written last, so a folder with one is complete.
+"""
+
+import hashlib
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from bdkd_dist.errors import UserError
+
+MANIFEST = "manifest.json"
+VERIFIED = ".verified.json"
+FORMAT = 2
+"""Counts up when prepared files would differ for the same source and settings."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """What the manifest says of one beton file."""
+
+    file: str
+    samples: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A prepared data set on the disk."""
+
+    folder: Path
+    fingerprint: str
+    """Of the source and what shapes the files; see :class:`~bdkd_dist.data.sources.Source`."""
+    class_names: tuple[str, ...]
+    splits: dict[str, tuple[Part, ...]]
+    left_out: dict[str, int] = field(default_factory=dict)
+    """How many images of each split could not be decoded; splits without any may be absent."""
+    check: str = "full"
+    """How thoroughly JPEGs were looked through; see :data:`~bdkd_dist.data.storing.Check`."""
+
+    def paths(self, split: str) -> tuple[Path, ...]:
+        """Return the beton files of a split, in order."""
+        return tuple(self.folder / part.file for part in self.splits[split])
+
+    @property
+    def parts(self) -> list[Part]:
+        """All files."""
+        return [part for parts in self.splits.values() for part in parts]
+
+    @property
+    def content(self) -> str:
+        """SHA-256 over the files' checksums: equal wherever the same images and labels were prepared."""
+        sums = {name: [part.sha256 for part in parts] for name, parts in sorted(self.splits.items())}
+        return hashlib.sha256(json.dumps(sums).encode()).hexdigest()
+
+
+def is_prepared(folder: Path) -> bool:
+    """Whether a folder holds a prepared data set."""
+    return (folder / MANIFEST).is_file()
+
+
+def write_manifest(prepared: Prepared) -> None:
+    """Write the manifest of a folder whose files are all complete, and bring it to the disk."""
+    manifest = {
+        "format": FORMAT,
+        "fingerprint": prepared.fingerprint,
+        "class_names": prepared.class_names,
+        "splits": {name: [asdict(part) for part in parts] for name, parts in prepared.splits.items()},
+        "left_out": prepared.left_out,
+        "check": prepared.check,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    write_json(prepared.folder / MANIFEST, manifest)
+
+
+def read_manifest(folder: Path) -> Prepared:
+    """Return what a folder holds.
+
+    Raises:
+        UserError: The manifest is missing, damaged or of another format.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise UserError(f"{path} is missing: {folder} is no prepared data set, or was not prepared to its end")
+    try:
+        manifest = json.loads(path.read_text())
+        if (found := manifest["format"]) == FORMAT:
+            splits = {name: tuple(Part(**part) for part in parts) for name, parts in manifest["splits"].items()}
+            names = tuple(manifest["class_names"])
+            left_out, check = dict(manifest.get("left_out", {})), manifest.get("check", "full")
+            return Prepared(folder, manifest["fingerprint"], names, splits, left_out, check)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{path} cannot be read; delete the folder {folder} to prepare it again") from None
+    raise UserError(
+        f"{path} has format {found}, this version reads {FORMAT}; delete the folder {folder} to prepare it again"
+    )
+
+
+def verify(prepared: Prepared) -> None:
+    """Compare all files with the manifest's sizes and checksums.
+
+    A file that was found whole is not read again while its size and time of change stay what they were, so that all
+    workers of all runs together read a large data set once.
+
+    Raises:
+        UserError: Names the file, what is wrong with it and the way to mend it.
+    """
+    known = read_verified(prepared.folder)
+    new = [part for part in prepared.parts if known.get(part.file, []) != stamp_of(prepared, part)]
+    if not new:
+        return
+    with ThreadPoolExecutor(min(len(new), os.cpu_count() or 1)) as pool:
+        for complaint in pool.map(lambda part: complaint_about(prepared.folder / part.file, part), new):
+            if complaint:
+                raise UserError(f"{complaint}; delete the folder {prepared.folder} to prepare it again")
+    with suppress(OSError):  # a folder that may only be read is verified by every run
+        write_json(prepared.folder / VERIFIED, {part.file: stamp_of(prepared, part) for part in prepared.parts})
+
+
+def sha256_of(path: Path) -> str:
+    """Return a file's SHA-256 in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def complaint_about(path: Path, expected: Part) -> str | None:
+    """Return what is wrong with a file, which is read whole for that."""
+    if not path.is_file():
+        return f"{path} is missing"
+    if (size := path.stat().st_size) != expected.bytes:
+        return f"{path} is truncated or grown: {size} bytes instead of {expected.bytes}"
+    if sha256_of(path) != expected.sha256:
+        return f"{path} was altered: its SHA-256 is not the manifest's"
+    return None
+
+
+def stamp_of(prepared: Prepared, part: Part) -> list[Any] | None:
+    """Return what tells that a file did not change since it was read."""
+    try:
+        stat = (prepared.folder / part.file).stat()
+    except OSError:
+        return None
+    return [part.sha256, stat.st_size, stat.st_mtime_ns]
+
+
+def read_verified(folder: Path) -> dict[str, list[Any]]:
+    """Return the stamps of a folder's files that were found whole."""
+    try:
+        stamps = json.loads((folder / VERIFIED).read_text())
+    except (OSError, ValueError):
+        return {}
+    return stamps if isinstance(stamps, dict) else {}
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write beside and rename, so that no reader sees half a file."""
+    beside = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    with beside.open("w") as file:
+        json.dump(value, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)

@@ -1,0 +1,104 @@
+"""Where images come from: Parquet shards, image folders, tars, torchvision's CIFAR, scikit-learn's digits.
+
+:func:`open_source` reads names, sizes and labels only; the images of a split stream from its pieces.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from bdkd_dist.config import Data
+from bdkd_dist.data.sources.arrays import CIFAR_FOLDERS, cifar, digits
+from bdkd_dist.data.sources.base import Piece, Sample, Source, SourceSplit, files_by_split, is_image
+from bdkd_dist.data.sources.folders import flat_folder, image_folder
+from bdkd_dist.data.sources.parquet import parquet_shards
+from bdkd_dist.data.sources.storage import Place, in_parallel, shown
+from bdkd_dist.data.sources.tars import tar_files
+from bdkd_dist.errors import UserError
+
+__all__ = ["Piece", "Sample", "Source", "SourceSplit", "find_source", "open_source"]
+
+HOW = (
+    "a folder of Parquet shards (train-*.parquet), an image folder (train/<class>/...) or a folder of tars "
+    "(train*.tar: of class folders, a WebDataset, or train/<class>.tar)"
+)
+
+
+def open_source(data: Data) -> Source:
+    """Find the source that ``data`` names and check its splits, classes and labels.
+
+    Where there is no labelled ``test`` split, a ``validation`` split is the test split (ImageNet as it comes).
+
+    Raises:
+        UserError: No source there, an unreadable one, or classes other than ``data.num_classes``.
+    """
+    return _checked(find_source(data), data)
+
+
+def find_source(data: Data, without_classes: bool = False) -> Source:
+    """Find the source that ``data`` names, with the splits, classes and labels that it has.
+
+    Args:
+        data: Names it; ``data.root`` is a path or a URI of a file system that pyarrow knows.
+        without_classes: Take a folder of images for a test split whose labels are all 0, too.
+
+    Raises:
+        UserError: No source there, or an unreadable one.
+    """
+    if data.dataset == "digits":
+        return digits(data)
+    place = Place.of(data.root) if data.root is not None else None
+    if place and (source := _found(place, data, without_classes)):
+        return source
+    if data.dataset in CIFAR_FOLDERS and (place is None or place.is_local):
+        root = Path(place.root) if place else Path(data.prepared).expanduser() / "torchvision"
+        if data.download or (root / CIFAR_FOLDERS[data.dataset]).is_dir():
+            return cifar(root, data, HOW)
+    if place is None:
+        download = ", or data.download=true" if data.dataset in CIFAR_FOLDERS else ""
+        raise UserError(f"data.root is not set: give {HOW}{download}")
+    state = "holds none of these: give" if place.is_folder() else "does not exist: give"
+    raise UserError(f"data.root={shown(str(data.root))} {state} {HOW}")
+
+
+def _found(place: Place, data: Data, without_classes: bool) -> Source | None:
+    """Look what lies in the root and the folders in it."""
+    if not place.is_folder():
+        return None
+    files, folders = place.listing()
+    inside = dict(zip(folders, in_parallel(place.listing, folders), strict=True))
+    files += [file for these, _ in inside.values() for file in these]
+    if shards := files_by_split(files, ".parquet"):
+        return parquet_shards(place, shards, data)
+    packed = files_by_split(files, ".tar")
+    if "train" in inside and (inside["train"][1] or not packed):
+        return image_folder(place, {folder: of for folder, (_, of) in inside.items()}, data)
+    if packed:
+        return tar_files(place, packed, files, data)
+    images = [file for file in files if is_image(file.path) and "/" not in file.path]
+    return flat_folder(place, images, data) if without_classes and images else None
+
+
+def _checked(source: Source, data: Data) -> Source:
+    """Settle which split is which and check labels."""
+    splits, K = {name: split for name, split in source.splits.items() if len(split)}, len(source.class_names)
+    where = f"the source {shown(data.root) if data.root else source.name}"
+    if "test" in splits and np.all(splits["test"].labels == -1):
+        del splits["test"]  # unlabelled, as published for contests
+    if "test" not in splits and "validation" in splits:
+        splits["test"] = replace(splits.pop("validation"), name="test")
+    if "test" not in splits:
+        raise UserError(f"{where} has neither a test nor a validation split with labels")
+    if "train" not in splits or len(np.unique(splits["train"].labels)) < 2:
+        raise UserError(f"{where} has training images of fewer than two classes")
+    if data.num_classes != K:
+        raise UserError(f"data.num_classes={data.num_classes}: {where} has {K} classes")
+    for name, split in splits.items():
+        wrong = np.flatnonzero((split.labels < 0) | (split.labels >= K))
+        if len(wrong):
+            position = int(wrong[0])
+            raise UserError(
+                f"{where}: {name} image {position} has label {split.labels[position]} (allowed: 0 to {K - 1})"
+            )
+    return replace(source, splits=splits)

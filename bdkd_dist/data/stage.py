@@ -1,0 +1,181 @@
+"""Copies of prepared files near the workers: on the node's own disk or in its memory (``data.stage=local|memory``).
+
+The first worker of a node copies, under a lock, and the others wait for it. (Tasks that a cluster pins to nodes before
+the run would miss nodes that join later; a worker knows which node it is on.) Later runs find the copy by its contents.
+Nothing deletes it, not in memory either: it is the user's to remove, and a line says where it lies.
+"""
+
+import getpass
+import hashlib
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from threading import Event
+from typing import Literal
+
+from bdkd_dist.data.prepared import (
+    VERIFIED,
+    Part,
+    Prepared,
+    complaint_about,
+    is_prepared,
+    read_verified,
+    stamp_of,
+    write_json,
+    write_manifest,
+)
+from bdkd_dist.errors import UserError, first_line
+
+Near = Literal["local", "memory"]
+
+COPY_THREADS = 4
+PIECE_BYTES = 2**22
+
+logger = logging.getLogger(__name__)
+
+
+def stage(prepared: Prepared, near: Near, folder: Path | None = None) -> Prepared:
+    """Return the copy of prepared files on this node, made or completed now where that is needed.
+
+    Every file is compared with the manifest while it is copied and gets its name when it is whole and on the disk.
+    Whole files of a copy that was cut off are kept; those that were damaged later are copied again. A file that was
+    found whole is not read again while its size and time of change stay what they were.
+
+    Args:
+        prepared: The files as they lie; they are not verified before.
+        near: ``data.stage`` of the recipe: the node's ``local`` disk, or its ``memory``.
+        folder: ``data.stage_folder`` of the recipe: where copies are kept, each in a folder of its own. By default the
+            user's own in the temporary folder or in ``/dev/shm``.
+
+    Raises:
+        UserError: There is no room, the copy cannot be written, or a file cannot be read or is not what the manifest
+            says.
+    """
+    root = folder or _default_folder(near)
+    staged = replace(prepared, folder=root / prepared.content[:16])
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with _lock(staged.folder):
+            missing = _missing(staged)
+            if missing or not is_prepared(staged.folder):
+                _copy_all(prepared, staged, missing, near)
+    except OSError as error:
+        raise UserError(f"data.stage={near}: {error.filename or root}: {error.strerror or first_line(error)}") from None
+    return staged
+
+
+def _default_folder(near: Near) -> Path:
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a container's user may have no name
+        user = str(os.getuid())
+    return Path(tempfile.gettempdir() if near == "local" else "/dev/shm") / f"bdkd-dist-{user}"
+
+
+@contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(f"{folder}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        logger.warning("waiting for another process of this node that copies the images to %s", folder)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _missing(staged: Prepared) -> list[Part]:
+    """Return the files that are not there whole; those that changed since they were read are read again."""
+    known = read_verified(staged.folder)
+    stamps = {part.file: stamp_of(staged, part) for part in staged.parts}
+    unknown = [part for part in staged.parts if stamps[part.file] is None or known.get(part.file) != stamps[part.file]]
+    if not unknown:
+        return []
+    with ThreadPoolExecutor(COPY_THREADS) as pool:
+        complaints = list(pool.map(lambda part: complaint_about(staged.folder / part.file, part), unknown))
+    missing = [part for part, complaint in zip(unknown, complaints, strict=True) if complaint]
+    if len(missing) < len(unknown):
+        _record(staged, [part for part in staged.parts if part not in missing])
+    return missing
+
+
+def _copy_all(source: Prepared, staged: Prepared, missing: Sequence[Part], near: Near) -> None:
+    staged.folder.mkdir(exist_ok=True)
+    for leftover in staged.folder.glob("*.partial"):
+        leftover.unlink()
+    _check_space(staged.folder, missing, near)
+    size_gb = sum(part.bytes for part in missing) / 1e9
+    logger.warning("copying %.3g GB of images from %s to %s, where they stay", size_gb, source.folder, staged.folder)
+    whole = [part for part in staged.parts if part not in missing]
+    stop = Event()
+    with ThreadPoolExecutor(COPY_THREADS) as pool:
+        copying = {pool.submit(_copy, source.folder / part.file, staged.folder, part, stop): part for part in missing}
+        try:
+            for copied in as_completed(copying):
+                copied.result()
+                whole.append(copying[copied])
+                _record(staged, whole)
+        except BaseException:
+            stop.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    write_manifest(staged)
+
+
+def _check_space(folder: Path, missing: Sequence[Part], near: Near) -> None:
+    needed_bytes, free_bytes = sum(part.bytes for part in missing), shutil.disk_usage(folder).free
+    if needed_bytes > free_bytes:
+        raise UserError(
+            f"data.stage={near}: {folder} needs {needed_bytes / 1e9:.3g} GB more, {free_bytes / 1e9:.3g} GB are free "
+            "(data.stage_folder chooses another place)"
+        )
+
+
+def _record(staged: Prepared, whole: Sequence[Part]) -> None:
+    """Write down which files were read whole, so that nobody reads them again for that."""
+    write_json(staged.folder / VERIFIED, {part.file: stamp_of(staged, part) for part in whole})
+
+
+def _copy(source: Path, folder: Path, part: Part, stop: Event) -> None:
+    """Copy a file and compare it with its manifest's entry on the way."""
+    partial = folder / f"{part.file}.partial"
+    sha256, copied_bytes = hashlib.sha256(), 0
+    try:
+        with partial.open("wb") as target:
+            for piece in _pieces(source):
+                sha256.update(piece)
+                target.write(piece)
+                copied_bytes += len(piece)
+                if stop.is_set() or copied_bytes > part.bytes:
+                    break
+            target.flush()
+            os.fsync(target.fileno())
+        if copied_bytes != part.bytes:
+            raise UserError(f"{source} is truncated or grown: {copied_bytes} bytes came instead of {part.bytes}")
+        if sha256.hexdigest() != part.sha256:
+            raise UserError(f"{source} was altered: its SHA-256 is not the manifest's")
+        partial.replace(folder / part.file)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def _pieces(source: Path) -> Iterator[memoryview]:
+    """Yield a file's bytes; a piece is written over by the next."""
+    buffer = memoryview(bytearray(PIECE_BYTES))
+    try:
+        with source.open("rb", buffering=0) as file:
+            while count := file.readinto(buffer):
+                yield buffer[:count]
+    except OSError as error:
+        raise UserError(f"{source} cannot be read: {error.strerror}") from None
