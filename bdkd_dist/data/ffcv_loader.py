@@ -10,7 +10,9 @@ see that a JPEG failed to decode, and sets torch's number of threads for the who
 import ctypes
 import importlib.util
 import logging
+import math
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
@@ -20,6 +22,7 @@ from queue import Full, Queue
 from typing import Any, Literal, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from llvmlite import binding  # type: ignore[import-untyped]
 
@@ -95,6 +98,23 @@ class _Mapped:
         pass
 
 
+class _Rooms:
+    """Memory for batches, used again when the last tensor on it is gone: new memory costs the system zeroing it."""
+
+    def __init__(self) -> None:
+        self._free: list[npt.NDArray[np.uint8]] = []
+
+    def tensor(self, *shape: int) -> torch.Tensor:
+        """Return a uint8 tensor of any content."""
+        size = math.prod(shape)
+        room = self._free.pop() if self._free else np.empty(size, np.uint8)
+        if len(room) < size:
+            room = np.empty(size, np.uint8)
+        view = room[:size].reshape(shape)  # lives as long as the tensor's storage
+        weakref.finalize(view, self._free.append, room).atexit = False
+        return torch.from_numpy(view)
+
+
 class _Epoch(threading.Thread):
     """Loads an epoch's batches, at most ``BATCHES_AHEAD`` ahead; its exceptions reach the consumer."""
 
@@ -163,6 +183,7 @@ class FFCVLoader(Loader):
         self._num_threads = threads
         self._scratch_bytes = int(np.max(beton.heights * beton.widths * beton.is_jpeg)) * 3
         self._local = threading.local()
+        self._rooms = _Rooms()
         self._repaired: set[int] = set()
         self._compile()
 
@@ -195,8 +216,9 @@ class FFCVLoader(Loader):
             What waits for it and returns it; its memory is its own.
         """
         beton, count, px = self.beton, len(indices), self.transform.px(epoch)
-        pinned = torch.cuda.is_available()
-        images = torch.empty((count, px, px, 3), dtype=torch.uint8, pin_memory=pinned)
+        pinned = torch.cuda.is_available()  # torch uses pinned memory again itself
+        shape = (count, px, px, 3)
+        images = torch.empty(shape, dtype=torch.uint8, pin_memory=True) if pinned else self._rooms.tensor(*shape)
         placements = placements_of(beton, self.transform, epoch, indices)
         failures = np.zeros(count, np.int32)
         tables = (beton.sizes, beton.heights, beton.widths, beton.is_jpeg)
