@@ -123,7 +123,7 @@ def convert_all(tasks: Sequence[Task], threads: int, tell: Tell) -> list[Convert
         UserError: The source cannot be read.
         OSError: The files cannot be written.
     """
-    at_once = max(1, min(len(tasks), max(2, threads)))  # while a file is brought to the disk another is written
+    at_once = max(1, min(len(tasks), threads + 2))  # some wait for the source, or for the disk to take a file
     ahead = 2 + 2 * threads // at_once
     stop = Event()
     with ThreadPoolExecutor(threads) as decoders, ThreadPoolExecutor(at_once) as writers:

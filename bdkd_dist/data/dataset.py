@@ -63,7 +63,8 @@ def find_prepared(data: Data, progress: Progress | None = None) -> Prepared:
         UserError: See :func:`~bdkd_dist.data.prepare.prepare`; or prepared files of other classes or without the
             splits that a run needs.
     """
-    if data.root is None or not is_prepared(root := Path(data.root).expanduser()):
+    root = Path(data.root).expanduser() if data.root is not None else None
+    if root is None or not (is_prepared(root) or any(root.glob("*.beton"))):
         return prepare(data, progress)
     prepared = read_manifest(root)
     splits = dict(prepared.splits)

@@ -86,6 +86,13 @@ def test_a_prepared_folder_is_a_root(tmp_path: Path) -> None:
         load_dataset(data(root=str(folder), num_classes=3))
 
 
+def test_prepared_files_without_their_manifest_are_named(tmp_path: Path) -> None:
+    with BetonWriter(tmp_path / "train-00000.beton", 1) as writer:
+        writer.append_raw(noise(8, 8), 0)
+    with pytest.raises(UserError, match=rf"{tmp_path}/manifest\.json is missing: .* was not prepared to its end"):
+        load_dataset(data(root=str(tmp_path)))
+
+
 def test_a_prepared_folder_without_training_images_is_named(tmp_path: Path) -> None:
     with BetonWriter(tmp_path / "validation-00000.beton", 1) as writer:
         writer.append_raw(noise(8, 8), 0)

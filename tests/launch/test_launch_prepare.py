@@ -226,12 +226,12 @@ SLOW = textwrap.dedent("""
             for n in range(512):
                 if n >= 400:  # some batches are written, others wait
                     time.sleep(0.03)
-                pixels = np.random.default_rng(1000 * self.seed + n).integers(0, 256, (72, 72, 3), dtype=np.uint8)
+                pixels = np.random.default_rng(1000 * self.seed + n).integers(0, 256, (200, 200, 3), dtype=np.uint8)
                 stream = io.BytesIO()
                 Image.fromarray(pixels).save(stream, "JPEG")
                 yield Sample(stream.getvalue(), n % 2, f"made {n}")
 
-    pieces = tuple(Piece(f"piece {s}", np.arange(512) % 2, Slowly(s, sys.argv[2]), 512 * 5000) for s in range(3))
+    pieces = tuple(Piece(f"piece {s}", np.arange(512) % 2, Slowly(s, sys.argv[2]), 512 * 40_000) for s in range(3))
     source = Source("made", ("a", "b"), {"train": SourceSplit("train", pieces)}, "f" * 64)
     prepare_into(source, Path(sys.argv[1]), Rules(), on_ray("local"))
 """)
@@ -267,7 +267,7 @@ def test_a_worker_killed_midway_is_replaced_and_the_files_are_whole(tmp_path: Pa
     assert names(tmp_path / "out") == ["manifest.json", *(f"train-{n:05d}.beton" for n in range(3))]
     verify(prepared)
     beton = Beton(*prepared.paths("train"))
-    expected = [picture(1000 * seed + n) for seed in range(3) for n in range(512)]
+    expected = [picture(1000 * seed + n, 200) for seed in range(3) for n in range(512)]
     assert [beton.encoded(index).tobytes() for index in range(len(beton))] == expected
 
 
