@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from bdkd_dist.data import jpeg
 from bdkd_dist.data.jpeg_header import has_end, plain_size
@@ -66,12 +66,19 @@ def store(image: bytes | npt.NDArray[np.uint8], max_side_px: int, jpeg_quality: 
         return _encode(Image.fromarray(image), max_side_px, jpeg_quality, "4:4:4")
     if (size := plain_size(image)) and _fits(*size, max_side_px) and _sound(image, check):
         return Stored(image, *size)
-    with Image.open(io.BytesIO(image)) as opened:
+    with _opened(image) as opened:
         if _passes(opened, max_side_px) and _sound(image, check):
             return Stored(image, opened.height, opened.width)
         subsampling = "4:2:0" if opened.format in ("JPEG", "MPO") else "4:4:4"
         opened.draft(None, (2 * max_side_px, 2 * max_side_px))  # a large JPEG decodes at 1/2, 1/4 or 1/8
         return _encode(_rgb(ImageOps.exif_transpose(opened)), max_side_px, jpeg_quality, subsampling)
+
+
+def _opened(image: bytes) -> Image.Image:
+    try:
+        return Image.open(io.BytesIO(image))
+    except UnidentifiedImageError:  # its own words hold an address in memory
+        raise OSError("no image of a known format" if image else "it is empty") from None
 
 
 def _fits(height: int, width: int, max_side_px: int) -> bool:
@@ -84,7 +91,7 @@ def _sound(image: bytes, check: Check) -> bool:
         return has_end(image)
     if jpeg.available():
         return jpeg.check(image)
-    with Image.open(io.BytesIO(image)) as opened:
+    with _opened(image) as opened:
         opened.load()
     return True
 

@@ -11,6 +11,7 @@ from torch import nn
 from bdkd_dist import models
 from bdkd_dist.config import Recipe
 from bdkd_dist.data import jpeg
+from bdkd_dist.data.sources.storage import has_secret, shown
 from bdkd_dist.engine.checkpoint import KEPT, load_teacher
 from bdkd_dist.errors import UserError
 from bdkd_dist.launch.run_folder import RunFolder
@@ -25,6 +26,11 @@ def check(recipe: Recipe, folder: RunFolder) -> None:
         raise UserError(
             "data.loader=ffcv: the native decoder is not built here, and FFCV is not installed "
             "(`bdkd doctor` says how); data.loader=torch gives the same batches"
+        )
+    if recipe.data.root is not None and has_secret(recipe.data.root):
+        raise UserError(
+            f"data.root={shown(recipe.data.root)} holds a secret key, which the run's recipe.yaml would keep; "
+            "give it by the environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY)"
         )
     _check_device(recipe)
     networks = {role: _network(recipe, role) for role in recipe.models.by_role}

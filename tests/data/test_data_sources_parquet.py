@@ -10,6 +10,7 @@ import pytest
 from fake_sources import FILE, PNGS, data, images, refuse, write_shard, write_splits
 from realdata import CIFAR100, CLOTHING, needs_cifar100, needs_clothing
 
+from bdkd_dist.data.prepare import prepare
 from bdkd_dist.data.sources import open_source
 from bdkd_dist.errors import UserError
 
@@ -160,11 +161,13 @@ def test_shards_that_do_not_fit_are_named(tmp_path: Path) -> None:
     refuse(r"train-00001\.parquet cannot be read", root=str(tmp_path))
 
 
-def test_a_row_without_bytes_is_named(tmp_path: Path) -> None:
+def test_a_row_without_bytes_is_an_image_that_cannot_be_decoded(tmp_path: Path) -> None:
     write_splits(tmp_path, test=[0])
-    write_shard(tmp_path / "train.parquet", [PNGS[0], None], [0, 1])
-    with pytest.raises(UserError, match=r"train\.parquet row 1: column 'image' holds no image bytes"):
-        images(open_source(data(root=str(tmp_path))), "train")
+    write_shard(tmp_path / "train.parquet", [PNGS[0], None, PNGS[0]], [0, 1, 1])
+    settings = data(root=str(tmp_path), prepared=str(tmp_path / "cache"))
+    assert images(open_source(settings), "train") == [PNGS[0], b"", PNGS[0]]
+    with pytest.raises(UserError, match=r"train image 1 \(train\.parquet row 1\) cannot be decoded: it is empty"):
+        prepare(settings)
 
 
 def test_a_damaged_shard_is_named_while_it_streams(tmp_path: Path) -> None:

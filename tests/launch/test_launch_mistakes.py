@@ -31,6 +31,7 @@ def refused(arguments: list[str]) -> str:
         (["data.dataset=files"], ["data.root", "Parquet", "train/<class>"]),
         (["data.dataset=files", "data.root=/nowhere/at/all"], ["data.root=/nowhere/at/all", "does not exist"]),
         (["run.storage=/proc/runs"], ["run.storage=/proc/runs"]),
+        (["data.dataset=files", "data.root=s3://key:hidden@bucket/x"], ["s3://bucket/x holds a secret key", "AWS_"]),
     ],
 )
 def test_a_wrong_value_is_one_line(cache: Path, tmp_path: Path, overrides: list[str], words: list[str]) -> None:

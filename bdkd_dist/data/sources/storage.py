@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, urlsplit
 
 from bdkd_dist.errors import UserError, first_line, unknown
 
@@ -158,6 +158,14 @@ def in_parallel(function: Callable[[T], R], items: Iterable[T]) -> list[R]:
 def shown(root: str) -> str:
     """Return a path or URI without what may be secret in it: keys before the host and the query."""
     return re.sub(r"//[^/@:]*:[^/@]*@", "//", root).partition("?")[0] if _is_uri(root) else root
+
+
+def has_secret(root: str) -> bool:
+    """Return whether a URI holds a key that must not be kept."""
+    if not _is_uri(root):
+        return False
+    parts = urlsplit(root)
+    return parts.password is not None or "secret_key" in parse_qs(parts.query)
 
 
 def _is_uri(root: str) -> bool:
