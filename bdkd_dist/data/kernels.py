@@ -124,8 +124,6 @@ def resize_area(
     flat = source.reshape(source.shape[0], source.shape[1] * 3)
     line = np.zeros(end - start + 3 * most + 1, np.float32)  # weights beyond a pixel's own are zeros, so may be read
     places = np.int64(line.ctypes.data) + 12 * (columns - columns[0])
-    weights = np.int64(column_weights.ctypes.data)  # numba would add int64 and uint64 as floats
-    stride = 4 * column_weights.shape[1]
     for i in range(count):
         for k in range(row_numbers[i]):
             weight = row_weights[i, k]
@@ -137,21 +135,23 @@ def resize_area(
                 for p in range(end - start):
                     line[p] += weight * np.float32(row[p])
         if most == 2:  # a number known to the compiler needs no loop: twice as fast
-            _blend_line(places, weights, stride, 2, mirror, out[i])
+            _blend_line(places, column_weights, 2, mirror, out[i])
         elif most == 3:
-            _blend_line(places, weights, stride, 3, mirror, out[i])
+            _blend_line(places, column_weights, 3, mirror, out[i])
         else:
-            _blend_line(places, weights, stride, most, mirror, out[i])
+            _blend_line(places, column_weights, most, mirror, out[i])
 
 
 @_compiled
 def _blend_line(
-    places: npt.NDArray[np.int64], weights: int, stride: int, number: int, mirror: bool, out: Pixels
+    places: npt.NDArray[np.int64], weights: npt.NDArray[np.float32], number: int, mirror: bool, out: Pixels
 ) -> None:
-    count, address = len(places), np.int64(out.ctypes.data)
+    # The weights come as an array: numba frees one whose address alone is still used.
+    count, stride = len(places), 4 * weights.shape[1]
+    first, address = np.int64(weights.ctypes.data), np.int64(out.ctypes.data)  # uint64 and int64 would add as floats
     for j in range(count):
         to = count - 1 - j if mirror else j
-        _blend(places[j], weights + j * stride, number, address + 3 * to)
+        _blend(places[j], first + j * stride, number, address + 3 * to)
 
 
 @_compiled

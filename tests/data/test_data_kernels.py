@@ -1,3 +1,6 @@
+import os
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -115,3 +118,37 @@ def test_functions_compile_where_no_folder_is_writable(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(kernels, "njit", njit)
     assert kernels._compiled(lambda x: x + 1)(2) == 3
+
+
+RENDER_IN_THREADS = """
+import threading, time
+import numpy as np
+from bdkd_dist.data.kernels import render
+
+generator = np.random.default_rng(0)
+images = [generator.integers(0, 256, (*generator.integers(230, 500, 2), 3), dtype=np.uint8) for _ in range(6)]
+
+def rendered(image):
+    out = np.empty((224, 224, 3), np.uint8)
+    render(image, np.array([0, 0, *image.shape[:2], 0, 0, 0], np.int32), out, 1, 0, 0)
+    return out
+
+wanted = [rendered(image) for image in images]
+wrong, end = [], time.monotonic() + 3
+
+def work():
+    while time.monotonic() < end:
+        wrong.extend(not np.array_equal(rendered(image), want) for image, want in zip(images, wanted))
+
+threads = [threading.Thread(target=work) for _ in range(4)]
+[thread.start() for thread in threads], [thread.join() for thread in threads]
+print(sum(wrong), len(wrong) > 50)
+"""
+
+
+@pytest.mark.slow
+def test_threads_that_share_the_allocator_do_not_disturb_each_other() -> None:
+    # One arena for all threads: memory that a kernel frees too early is at once another's.
+    environment = os.environ | {"MALLOC_ARENA_MAX": "1"}
+    done = subprocess.run([sys.executable, "-c", RENDER_IN_THREADS], env=environment, capture_output=True, text=True)
+    assert done.stdout == "0 True\n", done.stderr
