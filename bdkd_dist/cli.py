@@ -138,9 +138,10 @@ def _report_shift(folder: "RunFolder") -> None:  # type: ignore[name-defined]  #
 
 
 def _report_ood(folder: "RunFolder", source: str) -> None:  # type: ignore[name-defined]  # noqa: F821
+    from bdkd_dist.data.sources.storage import shown
     from bdkd_dist.records import shift as records
 
-    path = records.ood_path(folder.path, source)
+    path = records.ood_path(folder.path, shown(source))
     _show(records.ood_table(records.read(path)))
     console.print(f"all figures          {path}", highlight=False, soft_wrap=True)
 

@@ -97,8 +97,8 @@ class Data(Section):
     order: Literal["random", "quasi_random"] = "random"
     """``quasi_random``: for sets larger than memory; few pages of the files are in use at once (see docs/data.md)."""
     loader: Literal["auto", "ffcv", "torch", "resident"] = "auto"
-    """``auto``: FFCV where it is installed, otherwise torch's DataLoader; ``resident``: all images stay on the device
-    as uint8 (small sets of images of one size). All give the same batches."""
+    """``auto``: ``ffcv`` where the native decoder or FFCV is there, else torch's DataLoader; ``resident``: all images
+    stay on the device as uint8 (small sets of images of one size). All give the same batches."""
     threads: int | None = Field(None, ge=1)
     """Decoding threads (FFCV) or processes (torch) per worker; by default the worker's share of the cores."""
     prepared: str = "~/.cache/bdkd-dist"
@@ -107,7 +107,7 @@ class Data(Section):
     """Read prepared files where they lie (``shared``), or from a copy that the workers of a node share: on its own disk
     (``local``) or in its memory (``memory``)."""
     stage_folder: str | None = Field(None, min_length=1)
-    """Where ``stage=local`` keeps its copies; by default a folder of the user's in the node's temporary folder."""
+    """Where copies are kept; by default a folder of the user's in the node's temporary folder or in ``/dev/shm``."""
     cache: Literal["os", "process"] = "os"
     """Who keeps pages of the files in memory: the operating system, or this process (needs
     ``order=quasi_random``; for file systems that are slow to map)."""
@@ -263,6 +263,11 @@ class Recipe(Section):
             )
         if self.data.cache == "process" and self.data.loader in ("torch", "resident"):
             raise ValueError(f"data.cache=process is of the FFCV loader; data.loader={self.data.loader} has none")
+        if self.data.resize and self.data.resize.to_epoch > self.train.epochs:
+            raise ValueError(
+                f"data.resize.to_epoch={self.data.resize.to_epoch} comes after the last of train.epochs="
+                f"{self.train.epochs}"
+            )
         if self.schedule.kind == "step" and not self.schedule.milestones:
             raise ValueError("schedule.kind=step needs schedule.milestones, e.g. schedule.milestones=[15,18]")
         if self.schedule.warmup_epochs >= self.train.epochs:

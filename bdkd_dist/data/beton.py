@@ -302,6 +302,8 @@ def _map(paths: tuple[Path, ...]) -> tuple[npt.NDArray[np.uint8], list[slice]]:
             size = path.stat().st_size
         except FileNotFoundError:
             raise UserError(f"{path} does not exist") from None
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error.strerror}") from None
         if size == 0:
             raise UserError(f"{path} is not a beton file (it is empty)")
         spans.append(slice(end, end + size))

@@ -132,6 +132,7 @@ def convert_all(tasks: Sequence[Task], threads: int, tell: Tell) -> list[Convert
             done, _ = wait(futures, return_when=FIRST_EXCEPTION)
         finally:
             stop.set()
+            writers.shutdown(wait=False, cancel_futures=True)
     errors = [error for future in futures if future in done and (error := future.exception())]
     if errors:
         raise errors[0]
@@ -154,6 +155,8 @@ def convert(task: Task, decoders: Executor, ahead: int, tell: Tell, stop: Event)
         UserError: The source cannot be read, or has other images than it said.
         OSError: The file cannot be written.
     """
+    if stop.is_set():
+        raise Stopped
     scratch = task.path.with_name(f".{task.path.name}-{uuid4().hex}")
     left_out: list[LeftOut] = []
     try:
@@ -169,7 +172,7 @@ def convert(task: Task, decoders: Executor, ahead: int, tell: Tell, stop: Event)
         write_json(task.record, {"fingerprint": task.fingerprint, "check": task.rules.check} | asdict(converted))
     finally:
         for leftover in scratch.parent.glob(f"{scratch.name}*"):
-            leftover.unlink()
+            leftover.unlink(missing_ok=True)
     return converted
 
 

@@ -121,7 +121,7 @@ class _Epoch(threading.Thread):
     def __init__(self, owner: "FFCVLoader", epoch: int, index_batches: Sequence[Indices]) -> None:
         super().__init__(name="bdkd-epoch", daemon=True)
         self.owner, self.epoch, self.index_batches = owner, epoch, index_batches
-        self.device = torch.cuda.current_device() if torch.cuda.is_available() else None
+        self.device = torch.cuda.current_device() if owner.pinned else None
         self.loaded: Queue[Batch | BaseException | None] = Queue(BATCHES_AHEAD)
         self.left = threading.Event()
         self.start()
@@ -176,9 +176,14 @@ class FFCVLoader(Loader):
     """Reads with threads of this process; see :func:`~.loader.open_loader`."""
 
     def __init__(
-        self, beton: Beton, transform: Transform, threads: int, cache: Literal["os", "process"] = "os"
+        self,
+        beton: Beton,
+        transform: Transform,
+        threads: int,
+        cache: Literal["os", "process"] = "os",
+        pinned: bool = False,
     ) -> None:
-        self.beton, self.transform, self.cache = beton, transform, cache
+        self.beton, self.transform, self.cache, self.pinned = beton, transform, cache, pinned
         self.threads = ThreadPoolExecutor(threads, thread_name_prefix="bdkd-decode")
         self._num_threads = threads
         self._scratch_bytes = int(np.max(beton.heights * beton.widths * beton.is_jpeg)) * 3
@@ -216,9 +221,8 @@ class FFCVLoader(Loader):
             What waits for it and returns it; its memory is its own.
         """
         beton, count, px = self.beton, len(indices), self.transform.px(epoch)
-        pinned = torch.cuda.is_available()  # torch uses pinned memory again itself
         shape = (count, px, px, 3)
-        images = torch.empty(shape, dtype=torch.uint8, pin_memory=True) if pinned else self._rooms.tensor(*shape)
+        images = torch.empty(shape, dtype=torch.uint8, pin_memory=True) if self.pinned else self._rooms.tensor(*shape)
         placements = placements_of(beton, self.transform, epoch, indices)
         failures = np.zeros(count, np.int32)
         tables = (beton.sizes, beton.heights, beton.widths, beton.is_jpeg)
@@ -235,7 +239,7 @@ class FFCVLoader(Loader):
             for place in np.flatnonzero(failures):
                 self._repair(int(indices[place]), placements[place], images[place].numpy())
             labels, kept = torch.from_numpy(beton.labels[indices]), torch.from_numpy(indices.copy())
-            if pinned:
+            if self.pinned:
                 labels, kept = labels.pin_memory(), kept.pin_memory()
             return Batch(images, labels, kept)
 

@@ -28,7 +28,7 @@ class DataError(RuntimeError):
 class Batch(NamedTuple):
     """Some samples; no loader writes to it again.
 
-    On the CPU, in pinned memory where CUDA is; images and labels of ``resident`` are on the device already.
+    On the CPU, in pinned memory for a GPU; images and labels of ``resident`` are on the device already.
     """
 
     images: Tensor
@@ -73,7 +73,7 @@ def open_loader(
         transform: What to do with its images.
         threads: Decoding threads (ffcv) or processes (torch; 1 decodes in this process).
         cache: ``data.cache`` of the recipe.
-        device: Where ``resident`` keeps the images; the others hand out batches on the CPU.
+        device: Where ``resident`` keeps the images; the others hand out batches on the CPU, pinned for a GPU.
 
     Raises:
         UserError: ``ffcv`` is asked for and there is no native decoder; ``cache=process`` is asked of another loader;
@@ -89,14 +89,14 @@ def open_loader(
     if found == "torch":
         from bdkd_dist.data.torch_loader import TorchLoader
 
-        return TorchLoader(beton, transform, threads)
+        return TorchLoader(beton, transform, threads, pinned=device.type == "cuda")
     try:
         from bdkd_dist.data.ffcv_loader import FFCVLoader
     except ImportError as error:
         raise UserError(
             f"data.loader=ffcv: {error} (run `bdkd doctor`); data.loader=torch reads the same files"
         ) from None
-    return FFCVLoader(beton, transform, threads, cache)
+    return FFCVLoader(beton, transform, threads, cache, pinned=device.type == "cuda")
 
 
 def chosen(kind: Kind) -> Literal["ffcv", "torch", "resident"]:

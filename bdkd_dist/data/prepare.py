@@ -7,6 +7,7 @@ it is complete or absent. A preparation that was broken off goes on with the pie
 
 import errno
 import os
+import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -121,6 +122,8 @@ def _same(prepared: Prepared, source: Source, rules: Rules) -> Prepared:
         why = "was prepared from another source, or with another --max-side or --quality"
     elif rules.check == "full" and prepared.check != "full":
         why = f"was prepared with --check {prepared.check}"
+    elif rules.undecodable == "stop" and prepared.left_out:
+        why = f"was prepared without the images that could not be decoded ({REPORT} names them)"
     else:
         return prepared
     raise UserError(f"{prepared.folder} {why}: give another folder, or delete it to prepare it again")
@@ -155,6 +158,8 @@ def _build(
     """Convert the pieces that are not finished yet, then write report and manifest and give the folder its name."""
     building = _building(folder)
     building.mkdir(exist_ok=True)
+    if strange := [path.name for path in building.iterdir() if not re.search(r"\.(beton|json|parquet)", path.name)]:
+        raise UserError(f"{building} holds other files ({strange[0]}): give another folder, or remove them")
     tasks = list(_tasks(source, building, rules))
     known = {task.path.name: before for task in tasks if (before := finished(task))}
     _clean(building, [task for task in tasks if task.path.name in known])
@@ -188,7 +193,7 @@ def _clean(building: Path, kept: Sequence[Task]) -> None:
     names = {path.name for task in kept for path in (task.path, task.record)}
     for path in building.iterdir():
         if path.name not in names:
-            path.unlink()
+            path.unlink(missing_ok=True)  # a worker that died slowly may remove its own
 
 
 def _check_space(tasks: Sequence[Task], building: Path, where: str) -> None:

@@ -63,8 +63,16 @@ class Prepared:
 
 
 def is_prepared(folder: Path) -> bool:
-    """Whether a folder holds a prepared data set."""
-    return (folder / MANIFEST).is_file()
+    """Whether a folder holds a prepared data set, or what is left of one; others may have a manifest of their own."""
+    return (folder / MANIFEST).is_file() and (_is_ours(folder / MANIFEST) or any(folder.glob("*.beton")))
+
+
+def _is_ours(path: Path) -> bool:
+    try:
+        manifest = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(manifest, dict) and {"format", "fingerprint", "splits"} <= manifest.keys()
 
 
 def write_manifest(prepared: Prepared) -> None:
@@ -137,9 +145,11 @@ def complaint_about(path: Path, expected: Part) -> str | None:
         return f"{path} is missing"
     if (size := path.stat().st_size) != expected.bytes:
         return f"{path} is truncated or grown: {size} bytes instead of {expected.bytes}"
-    if sha256_of(path) != expected.sha256:
-        return f"{path} was altered: its SHA-256 is not the manifest's"
-    return None
+    try:
+        sha256 = sha256_of(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    return None if sha256 == expected.sha256 else f"{path} was altered: its SHA-256 is not the manifest's"
 
 
 def stamp_of(prepared: Prepared, part: Part) -> list[Any] | None:

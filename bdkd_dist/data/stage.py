@@ -60,7 +60,9 @@ def stage(prepared: Prepared, near: Near, folder: Path | None = None) -> Prepare
     root = folder or _default_folder(near)
     staged = replace(prepared, folder=root / prepared.content[:16])
     try:
-        root.mkdir(parents=True, exist_ok=True)
+        root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if folder is None and root.stat().st_uid != os.getuid():
+            raise UserError(f"data.stage={near}: {root} is another user's; set data.stage_folder")
         with _lock(staged.folder):
             missing = _missing(staged)
             if missing or not is_prepared(staged.folder):

@@ -28,7 +28,10 @@ Check = Literal["full", "headers"]
 RAW_PX = 64 * 64
 ORIENTATION = 0x0112
 TURNED = range(2, 9)
-UNDECODABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+UNDECODABLE = (
+    *(OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError),
+    *(KeyError, IndexError, TypeError, NotImplementedError, OverflowError),  # of Pillow's rarer readers
+)
 """What :func:`store` raises for an image that cannot be decoded."""
 
 

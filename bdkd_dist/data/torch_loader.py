@@ -88,10 +88,11 @@ class _Tasks(Sampler[Task]):
 class TorchLoader(Loader):
     """Reads with worker processes, or in this process where one is enough; see :func:`~.loader.open_loader`."""
 
-    def __init__(self, beton: Beton, transform: Transform, threads: int) -> None:
+    def __init__(self, beton: Beton, transform: Transform, threads: int, pinned: bool = False) -> None:
         self._batches = _Batches(beton, transform)
         self._tasks = _Tasks()
         self._processes = threads if threads > 1 else 0
+        self._pinned = pinned
         self._loader: DataLoader[Any] | None = None
 
     def batches(self, epoch: int, index_batches: Sequence[Indices]) -> Iterator[Batch]:
@@ -132,7 +133,7 @@ class TorchLoader(Loader):
             num_workers=self._processes,
             persistent_workers=self._processes > 0,
             multiprocessing_context=context,
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=self._pinned,
             generator=torch.Generator(),  # else each iteration would draw from the generator of the training process
         )
 

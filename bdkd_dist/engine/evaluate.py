@@ -70,7 +70,7 @@ class Evaluator:
         logits = {name: [torch.empty(0, self.num_classes)] for name in self.networks}
         for batch_indices, batch_labels, batch_logits in self._forward(loader, batches):
             indices.append(batch_indices)
-            labels.append(batch_labels)
+            labels.append(batch_labels.cpu())
             for name, values in batch_logits.items():
                 logits[name].append(values.cpu())
         joined = {name: torch.cat(parts) for name, parts in logits.items()}

@@ -59,6 +59,10 @@ def _network(recipe: Recipe, role: str) -> nn.Module:
         network = models.build(name, recipe.data.num_classes)
         where += f", data.image_px={px}"
         models.check_output(network, recipe.data.num_classes, px)
+        if resize := recipe.data.resize:
+            smallest = min(resize.start_px, resize.end_px)
+            where = where.replace(f"data.image_px={px}", f"data.resize, {smallest} px")
+            models.check_output(network, recipe.data.num_classes, smallest)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
     return network

@@ -76,7 +76,7 @@ def prepare(
     Raises:
         UserError: Something that the user can mend.
     """
-    data, out = _settings(source, rules, overrides), out.expanduser().absolute()
+    data, out = _settings(source, rules, overrides), out.expanduser().resolve()
     found, was_there, start = labelled(_found(data)), is_prepared(out), time.monotonic()
     if address is None:
         convert = here(data)

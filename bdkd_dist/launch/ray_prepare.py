@@ -51,9 +51,10 @@ def _cluster(address: str) -> Iterator[None]:
             _knock(address)
         own = {"include_dashboard": False} if address == "local" else {}
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **own)
-    except (OSError, ValueError) as error:  # ConnectionError is an OSError
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: a cluster of other versions
         raise UserError(
-            f"--address {address}: no Ray cluster answers ({first_line(error)}); give auto, HOST:PORT or local"
+            f"--address {address}: no Ray cluster that fits answers ({first_line(error)}); "
+            "give auto, HOST:PORT or local"
         ) from None
     try:
         yield
@@ -113,7 +114,7 @@ def _convert(task: Task) -> tuple[str, Any, str]:
     except BrokenImage as error:
         return "broken", str(error), node
     except UserError as error:
-        return "mistaken", str(error), node
+        return "mistaken", f"{error} (node {node})", node
     except OSError as error:
         return "system", (error.errno, f"{error.strerror or first_line(error)} (node {node})"), node
 

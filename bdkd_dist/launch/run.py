@@ -10,7 +10,7 @@ from rich.console import Console
 
 from bdkd_dist import config
 from bdkd_dist.config import Data, Recipe
-from bdkd_dist.data.dataset import Dataset, find_prepared, open_dataset
+from bdkd_dist.data.dataset import Dataset, find_prepared, load_dataset, open_dataset
 from bdkd_dist.data.foreign import prepare_foreign
 from bdkd_dist.data.loader import chosen
 from bdkd_dist.data.order import num_batches
@@ -97,8 +97,8 @@ def evaluate(
     checkpoints = _Only(run) if run.is_file() else Checkpoints(folder.checkpoints)
     if not checkpoints.paths():
         raise UserError(f"{folder.path} holds no checkpoint yet")
-    dataset = prepared(recipe.data, console)
     with preparing(console) as show:
+        dataset = load_dataset(recipe.data, show)
         other = None if ood is None else (ood, prepare_foreign(ood, recipe.data, show))
     device = torch.device("cuda" if local.wants_cuda(recipe) else "cpu")
     with ExitStack() as stack:

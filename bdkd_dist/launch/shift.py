@@ -16,6 +16,7 @@ from bdkd_dist.data.corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from bdkd_dist.data.loader import Batch, Loader, open_loader
 from bdkd_dist.data.order import Indices, rank_shard
 from bdkd_dist.data.prepare import Prepared
+from bdkd_dist.data.sources.storage import shown
 from bdkd_dist.engine.evaluate import Evaluator, Outputs
 from bdkd_dist.engine.loop import Trainer
 from bdkd_dist.launch.run_folder import RunFolder
@@ -75,13 +76,13 @@ def record_ood(trainer: Trainer, source: str, other: Prepared, folder: RunFolder
         outside = evaluator.outputs(loader, rank_shard(np.arange(len(images)), batch_size, 0, 1))
     compared = {
         "step": trainer.step,
-        "source": source,
+        "source": shown(source),
         "split": split,
         "images_inside": len(inside.labels),
         "images_outside": len(outside.labels),
         "networks": compare_confidence(inside, outside),
     }
-    records.write(records.ood_path(folder.path, source), compared)
+    records.write(records.ood_path(folder.path, shown(source)), compared)
 
 
 def measure_shift(
@@ -113,7 +114,9 @@ def measure_shift(
     }
     for batch in loader.batches(0, batches):
         for variant in VARIANTS:
-            images = batch.images if variant == CLEAN else corrupt(batch.images, batch.indices, *variant, seed=SEED)
+            images = batch.images.cpu()
+            if variant != CLEAN:
+                images = corrupt(images, batch.indices, *variant, seed=SEED)
             given = _Given(Batch(images, batch.labels, batch.indices))
             outputs = evaluator.outputs(given, [batch.indices.numpy()])
             for network in temperatures:

@@ -81,7 +81,9 @@ def open_loaders(recipe: Recipe, dataset: Dataset, device: torch.device, stack: 
     loaders = {}
     for split, transform in transforms.items():
         beton = getattr(dataset, split).beton
-        loader = open_loader(recipe.data.loader, beton, transform, threads, recipe.data.cache, device)
+        # An evaluation reads in the files' order, and where it is a part of the training images few of each page.
+        cache = recipe.data.cache if split == "train" else "os"
+        loader = open_loader(recipe.data.loader, beton, transform, threads, cache, device)
         stack.callback(loader.close)
         loaders[split] = loader
     return loaders

@@ -157,7 +157,7 @@ def in_parallel(function: Callable[[T], R], items: Iterable[T]) -> list[R]:
 
 def shown(root: str) -> str:
     """Return a path or URI without what may be secret in it: keys before the host and the query."""
-    return re.sub(r"//[^/@:]*:[^/@]*@", "//", root).partition("?")[0] if _is_uri(root) else root
+    return re.sub(r"//[^@]*:.*@", "//", root.partition("?")[0]) if _is_uri(root) else root
 
 
 def has_secret(root: str) -> bool:
