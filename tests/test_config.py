@@ -79,6 +79,7 @@ def test_changing_the_objective_drops_the_former_ones_parameters(tmp_path: Path)
         (["data.resize={start_px: 16, end_px: 32, to_epoch: 0}"], ["data.resize"]),
         (["data.resize={start_px: 20, end_px: 32, to_epoch: 5}"], ["start_px=20", "multiple_px=32"]),
         (["data.resize={start_px: 32, end_px: 64, from_epoch: 5, to_epoch: 5}"], ["to_epoch=5", "from_epoch=5"]),
+        (["data.resize={start_px: 32, end_px: 32, to_epoch: 99}"], ["data.resize.to_epoch=99", "train.epochs=30"]),
         (["data.augment.hue=0.7"], ["data.augment.hue=0.7", "0.5"]),
         (["schedule.kind=step"], ["schedule.milestones"]),
         (["schedule.kind=step", "schedule.milestones=[4,3]"], ["milestones must rise"]),

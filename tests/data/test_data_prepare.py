@@ -4,6 +4,8 @@ import os
 import subprocess
 import sys
 import textwrap
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +17,11 @@ from realdata import CIFAR100, CLOTHING, needs_cifar100, needs_clothing
 
 from bdkd_dist.config import Data
 from bdkd_dist.data.beton import Beton
-from bdkd_dist.data.prepare import prepare
+from bdkd_dist.data.converting import BrokenImage, Rules, Task, convert_all
+from bdkd_dist.data.dataset import load_dataset
+from bdkd_dist.data.prepare import here, prepare, prepare_into
 from bdkd_dist.data.prepared import Prepared, verify
-from bdkd_dist.data.sources import open_source
+from bdkd_dist.data.sources import Piece, Sample, find_source, open_source
 from bdkd_dist.errors import UserError
 
 SMALL = {"train": {"a": 3, "b": 4}, "test": {"a": 1, "b": 2}}
@@ -173,6 +177,50 @@ def test_a_folder_without_a_manifest_is_made_anew(folder: Data) -> None:
     (first.folder / "manifest.json").unlink()
     os.truncate(first.paths("train")[0], 5)
     verify(prepare(folder))
+
+
+@pytest.mark.parametrize("manifest", ['{"files": []}', "no JSON", "[]"])
+def test_a_source_may_hold_a_manifest_of_its_own(folder: Data, manifest: str) -> None:
+    (Path(str(folder.root)) / "manifest.json").write_text(manifest)
+    assert len(load_dataset(folder).test) == 3
+
+
+def test_files_of_others_in_the_building_folder_stay(folder: Data, tmp_path: Path) -> None:
+    source, out = find_source(folder), tmp_path / "house"
+    (tmp_path / "house.building").mkdir()
+    (tmp_path / "house.building" / "plan.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"house\.building holds other files \(plan\.txt\)"):
+        prepare_into(source, out, Rules(), here(folder))
+    assert (tmp_path / "house.building" / "plan.txt").read_text() == "mine"
+
+
+def test_a_set_with_images_left_out_is_not_one_without(folder: Data, tmp_path: Path) -> None:
+    (Path(str(folder.root)) / "train" / "b" / "2.png").write_bytes(b"no image")
+    source, out = find_source(folder), tmp_path / "out"
+    made = prepare_into(source, out, Rules(undecodable="leave-out"), here(folder))
+    assert made.left_out == {"train": 1}
+    assert prepare_into(source, out, Rules(undecodable="leave-out"), here(folder)) == made
+    with pytest.raises(UserError, match=r"was prepared without the images that could not be decoded"):
+        prepare_into(source, out, Rules(), here(folder))
+
+
+def test_a_broken_image_ends_the_pieces_that_have_not_begun(tmp_path: Path) -> None:
+    count, read = 40, []
+
+    def iterate(number: int) -> Iterator[Sample]:
+        for position in range(64):
+            read.append(number)
+            yield Sample(b"no image" if number == 0 else encode(noise(8, 8, position)), 0, f"{number}/{position}")
+
+    labels = np.zeros(64, np.int64)
+    pieces = [Piece(f"piece {n}", labels, partial(iterate, n), 64 * 200) for n in range(count)]
+    tasks = [
+        Task("train", 64 * n, piece, tmp_path / f"train-{n:05d}.beton", "f", Rules()) for n, piece in enumerate(pieces)
+    ]
+    with pytest.raises(BrokenImage, match=r"train image 0 .*no image of a known format"):
+        convert_all(tasks, 2, lambda split, images: None)
+    assert len(set(read)) < count / 2
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
 # --- several processes

@@ -9,7 +9,8 @@ import pytest
 from fake_s3 import Bucket, serve
 from fake_sources import PNGS, data, images, refuse, write_folder, write_shard, write_splits, write_tar
 
-from bdkd_dist.data.sources import Source, open_source
+from bdkd_dist.data.sources import Source, find_source, open_source
+from bdkd_dist.data.sources.storage import shown
 from bdkd_dist.errors import UserError
 
 
@@ -163,3 +164,17 @@ def test_a_name_that_is_no_utf8_is_told(tmp_path: Path) -> None:
     write(tmp_path / "set", "folder")
     Path(os.fsdecode(os.fsencode(tmp_path / "set" / "train" / "a") + b"/\xff.png")).write_bytes(b"x")
     refuse(r"set/train/a cannot be read: .*utf-8", root=str(tmp_path / "set"))
+
+
+@pytest.mark.parametrize("secret", ["plain", "a/b", "a@b", "a/b@c:d"])
+def test_a_key_in_a_uri_is_never_shown(secret: str) -> None:
+    assert shown(f"s3://AKEY:{secret}@bucket/images?region=x") == "s3://bucket/images"
+    assert shown("s3://bucket/images") == "s3://bucket/images"
+    assert shown("/data/a:b@c") == "/data/a:b@c"
+
+
+def test_a_key_in_a_uri_that_cannot_be_parsed_is_not_shown() -> None:
+    with pytest.raises(UserError) as caught:
+        find_source(data(root="s3://AKEY:HID DEN@bucket/images"))
+    assert "cannot be read" in str(caught.value)
+    assert "HID" not in str(caught.value)

@@ -88,6 +88,14 @@ def test_headers_checked_only_is_said(shards: Path, tmp_path: Path) -> None:
     assert "of JPEGs kept as they are only the headers were checked" in list(outcome.lines())
 
 
+def test_a_link_to_a_folder_is_followed(shards: Path, tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    done = execute([str(BDKD), "prepare", str(shards), str(tmp_path / "link")])
+    assert f"{tmp_path / 'disk'} prepared in" in done.stdout
+    verify(read_manifest(tmp_path / "link"))
+
+
 def test_digits_need_no_files(tmp_path: Path) -> None:
     outcome, _ = run("digits", tmp_path / "out", overrides=["data.image_px=16"])
     beton = Beton(*outcome.prepared.paths("train"))
@@ -106,8 +114,11 @@ def test_digits_need_no_files(tmp_path: Path) -> None:
         (["SOURCE", "OUT", "data.threads"], ["'data.threads' is not key=value"]),
         (["SOURCE", "SOURCE"], ["exists and is no prepared data set"]),
         (["SOURCE", "/proc/out"], ["/proc/out: "]),
-        (["SOURCE", "OUT", "--address", "127.0.0.1:1"], ["--address 127.0.0.1:1: no Ray cluster answers", "auto"]),
-        (["SOURCE", "OUT", "--address", "here"], ["--address here: no Ray cluster answers", "HOST:PORT"]),
+        (
+            ["SOURCE", "OUT", "--address", "127.0.0.1:1"],
+            ["--address 127.0.0.1:1: no Ray cluster that fits answers", "auto"],
+        ),
+        (["SOURCE", "OUT", "--address", "here"], ["--address here: no Ray cluster that fits answers", "HOST:PORT"]),
     ],
 )
 @pytest.mark.slow  # another interpreter

@@ -132,6 +132,13 @@ def test_ctrl_c_finishes_the_step_and_says_how_to_go_on(
     assert event_points(tmp_path / "run") == event_points(unbroken)
 
 
+def test_images_kept_on_the_device_train_alike(cache: Path, unbroken: Path, tmp_path: Path) -> None:
+    done = execute(command(cache, tmp_path, "data.loader=resident"))
+    assert "loader resident" in done.stdout
+    assert_same_weights(tmp_path / "run", unbroken)
+    assert (tmp_path / "run/metrics.jsonl").read_bytes() == (unbroken / "metrics.jsonl").read_bytes()
+
+
 @pytest.mark.ray
 class TestTwoWorkers:
     """At a rate at which rounding differences do not grow (at the recipe's own they double every step or two), and

@@ -143,7 +143,8 @@ class Place:
         except UserError:
             raise
         except (OSError, ValueError, ArrowException) as error:
-            raise UserError(f"{self.where(path)} cannot be read: {first_line(error)}") from None
+            reason = first_line(error).replace(self.root, shown(self.root))
+            raise UserError(f"{self.where(path)} cannot be read: {reason}") from None
 
 
 def in_parallel(function: Callable[[T], R], items: Iterable[T]) -> list[R]:
