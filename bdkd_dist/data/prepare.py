@@ -6,7 +6,6 @@ it is complete or absent. A preparation that was broken off goes on with the pie
 """
 
 import errno
-import logging
 import os
 import re
 import shutil
@@ -36,9 +35,8 @@ from bdkd_dist.data.converting import (
 from bdkd_dist.data.prepared import Prepared, is_prepared, read_manifest, write_manifest
 from bdkd_dist.data.sources import Source, open_source
 from bdkd_dist.data.storing import num_bytes
+from bdkd_dist.data.turns import turn_at
 from bdkd_dist.errors import UserError, first_line
-
-logger = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int], None]
 """Called with (split, images done, images in all); the first call may tell of images that were done before."""
@@ -135,22 +133,10 @@ def _same(prepared: Prepared, source: Source, rules: Rules) -> Prepared:
 @contextmanager
 def _alone(folder: Path, where: str) -> Iterator[None]:
     """Wait until no other process prepares this folder; say in one line what the disk does not do."""
-    from filelock import FileLock, Timeout
-
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = Path(f"{folder}.lock")
-        lock.touch()  # FileLock would wait for ever where no file can be made
-        turn = FileLock(lock)
-        try:
-            turn.acquire(timeout=0)
-        except Timeout:
-            logger.warning("waiting for another process that prepares %s", folder)
-            turn.acquire()
-        try:
+        with turn_at(folder, f"another process that prepares {folder}"):
             yield
-        finally:
-            turn.release()
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(

@@ -13,7 +13,6 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from threading import Event
@@ -30,6 +29,7 @@ from bdkd_dist.data.prepared import (
     write_json,
     write_manifest,
 )
+from bdkd_dist.data.turns import turn_at
 from bdkd_dist.errors import UserError, first_line
 
 Near = Literal["local", "memory"]
@@ -63,7 +63,7 @@ def stage(prepared: Prepared, near: Near, folder: Path | None = None) -> Prepare
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
         if folder is None and root.stat().st_uid != os.getuid():
             raise UserError(f"data.stage={near}: {root} is another user's; set data.stage_folder")
-        with _lock(staged.folder):
+        with turn_at(staged.folder, f"another process of this node that copies the images to {staged.folder}"):
             missing = _missing(staged)
             if missing or not is_prepared(staged.folder):
                 _copy_all(prepared, staged, missing, near)
@@ -78,22 +78,6 @@ def _default_folder(near: Near) -> Path:
     except (KeyError, OSError):  # a container's user may have no name
         user = str(os.getuid())
     return Path(tempfile.gettempdir() if near == "local" else "/dev/shm") / f"bdkd-dist-{user}"
-
-
-@contextmanager
-def _lock(folder: Path) -> Iterator[None]:
-    from filelock import FileLock, Timeout
-
-    lock = FileLock(f"{folder}.lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        logger.warning("waiting for another process of this node that copies the images to %s", folder)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _missing(staged: Prepared) -> list[Part]:

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from small_disk import small_disk as mounted
 
 from bdkd_dist.data import prepared as prepared_room
 from bdkd_dist.data import stage as stage_room
@@ -266,14 +267,8 @@ def test_a_source_that_fails_midway_is_named(source: Prepared, near: Path, monke
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A disk of 8 MiB; the files need 12."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if os.geteuid() != 0 or os.system(f"mount -t tmpfs -o size=8m tmpfs {disk} 2>/dev/null") != 0:
-        pytest.skip("this machine does not let a test mount a small disk")
-    try:
+    with mounted(tmp_path / "disk", size_mib=8) as disk:
         yield disk
-    finally:
-        os.system(f"umount {disk}")
 
 
 def test_too_small_a_disk_is_said_before_anything_is_copied(source: Prepared, small_disk: Path) -> None:

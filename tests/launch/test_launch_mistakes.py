@@ -1,10 +1,10 @@
 """Each mistake a user can make ends in one line and exit status 2, and leaves what was there."""
 
-import os
 from pathlib import Path
 
 import pytest
 from runs import BDKD, command, execute
+from small_disk import small_disk
 
 pytestmark = pytest.mark.slow
 
@@ -62,16 +62,9 @@ def test_a_folder_with_other_files_is_not_taken(cache: Path, tmp_path: Path) -> 
     assert (tmp_path / "run/thesis.txt").read_text() == "mine"
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/shm") or os.geteuid() != 0, reason="mounting a small disk needs root")
 def test_no_room_on_the_disk_is_said_before_training(cache: Path, tmp_path: Path) -> None:
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if os.system(f"mount -t tmpfs -o size=8m tmpfs {disk} 2>/dev/null") != 0:
-        pytest.skip("this machine does not let a test mount a small disk")
-    try:
+    with small_disk(tmp_path / "disk", size_mib=8) as disk:
         assert "MiB free" in refused(command(cache, disk))
-    finally:
-        os.system(f"umount {disk}")
 
 
 def test_evaluate_of_no_run(tmp_path: Path) -> None:
