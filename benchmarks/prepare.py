@@ -2,7 +2,8 @@
 
 All begin with the same Parquet shards, in the operating system's cache, and end with files that are on the disk
 (fsync). `copy` reads the shards and writes their bytes elsewhere; `copy + sha256` reads the copy again for its sum,
-as a preparation does. FFCV's `DatasetWriter` gets Pillow's images and encodes them anew; it has as many workers as
+as a preparation does. `check alone` decodes the entropy coding of the same JPEGs from memory and does nothing else: the
+floor of a full check. FFCV's `DatasetWriter` gets Pillow's images and encodes them anew; it has as many workers as
 ours has threads. All take turns, and the median of the repeats counts.
 
     python benchmarks/prepare.py --data FOLDER --threads 2    # FOLDER holds train-*.parquet with a column `image`
@@ -50,7 +51,11 @@ def main() -> None:
         data = Data(dataset="files", num_classes=10, image_px=224, root=str(root), max_side_px=MAX_SIDE_PX)
         source = find_source(data)
         source = Source(source.name, source.class_names, {"train": source.splits["train"]}, source.fingerprint)
-        seconds = measure(contestants(source, root, arguments.threads), Path(scratch), arguments.repeats)
+        writers = contestants(source, root, arguments.threads)
+        if jpeg.available():
+            contents = [bytes(sample.image) for sample in source.splits["train"].iterate()]
+            writers["check alone"] = partial(check_alone, contents, arguments.threads)
+        seconds = measure(writers, Path(scratch), arguments.repeats)
         report(seconds, source, shard_bytes(root), arguments)
 
 
@@ -143,6 +148,13 @@ def copy(root: Path, threads: int, checksum: bool, folder: Path) -> None:
         list(pool.map(one, shards(root)))
 
 
+def check_alone(contents: list[bytes], threads: int, folder: Path) -> None:
+    folder.mkdir()
+    with ThreadPoolExecutor(threads) as pool:
+        parts = [contents[start::threads] for start in range(threads)]
+        list(pool.map(lambda part: [jpeg.check(content) for content in part], parts))
+
+
 def fsync(path: Path) -> None:
     with path.open("rb+") as file:
         os.fsync(file.fileno())
@@ -182,6 +194,9 @@ def report(seconds: dict[str, list[float]], source: Source, num_bytes: int, argu
     for name in ("full check", "headers only"):
         for other in ("ffcv jpg", "copy", "copy + sha256"):
             print(f"{name}/{other} = {median[other] / median[name]:.2f}")
+    if "check alone" in median:
+        for other in ("full check", "ffcv jpg"):
+            print(f"check alone/{other} = {median[other] / median['check alone']:.2f}")
 
 
 if __name__ == "__main__":

@@ -24,13 +24,17 @@ import ctypes
 import io
 import mmap
 import os
+from array import array
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
+from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
+from bdkd_dist.data.prepared import sha256_of
 from bdkd_dist.errors import UserError
 
 VERSION = 2
@@ -38,7 +42,7 @@ JPEG, RAW = 0, 1
 MIN_PAGE_BYTES = 2**21
 MAX_PAGE_BYTES = 2**31
 MAX_SIDE_PX = 2**16 - 1
-WRITE_BYTES = 2**22
+WRITE_BYTES = 2**20  # that much stays in a core's cache
 MAP_FIXED = 0x10  # of <sys/mman.h>, the same on Linux and macOS
 
 HEADER = np.dtype(
@@ -67,14 +71,19 @@ METADATA_OFFSET = HEADER.itemsize + FIELDS.nbytes
 class BetonWriter:
     """Writes samples in order; the file appears under its name only when it is complete and on the disk.
 
-    Image bytes go straight to the file, so memory holds 48 bytes a sample. A sample larger than a page doubles the
-    page size until it fits: the samples before it stay within pages, because pages nest.
+    Image bytes go to the file by the MiB; besides, memory holds 48 bytes a sample. A sample larger than a page doubles
+    the page size until it fits: the samples before it stay within pages, because pages nest.
 
     Args:
         path: The file to write; it is written as ``<path>.partial`` and renamed at the end.
         num_samples: How many samples will be appended at most: room for their metadata is kept.
         page_bytes: The unit of FFCV's reading, a power of two from 2 MiB to 2 GiB.
+
+    Attributes:
+        sha256: Of the file, once it is complete.
     """
+
+    sha256: str
 
     def __init__(self, path: str | Path, num_samples: int, page_bytes: int = 4 * MIN_PAGE_BYTES) -> None:
         assert num_samples > 0
@@ -83,11 +92,13 @@ class BetonWriter:
         self.path = Path(path)
         self.partial = self.path.with_name(self.path.name + ".partial")
         self.page_bytes = page_bytes
-        self._samples = np.zeros(num_samples, SAMPLE)
-        self._allocations = np.zeros(num_samples, ALLOCATION)
+        self._num_samples = num_samples
         self._done = 0
-        self._end = _align(METADATA_OFFSET + self._samples.nbytes, page_bytes)
-        self._file = self.partial.open("wb", WRITE_BYTES)
+        self._rows = array("q")  # mode, width, height, offset, label and bytes of each sample
+        self._waiting: list[bytes] = []
+        self._waiting_bytes = 0
+        self._end = _align(METADATA_OFFSET + num_samples * SAMPLE.itemsize, page_bytes)
+        self._file = self.partial.open("wb")
 
     def __enter__(self) -> "BetonWriter":
         return self
@@ -118,31 +129,56 @@ class BetonWriter:
         """
         if self._done == 0:
             self._discard()
-            raise UserError(f"{self.path}: no sample came, {len(self._samples)} were declared")
+            raise UserError(f"{self.path}: no sample came, {self._num_samples} were declared")
         table = _align(self._end, self.page_bytes)
         header = np.array([(VERSION, len(FIELDS), self.page_bytes, self._done, table)], HEADER)
+        samples, allocations = self._tables()
         with self._file as file:
+            self._write()
             file.seek(0)
-            file.write(header.tobytes() + FIELDS.tobytes() + self._samples[: self._done].tobytes())
+            file.write(header.tobytes() + FIELDS.tobytes() + samples.tobytes())
             file.seek(table)
-            file.write(self._allocations[: self._done].tobytes())
+            file.write(allocations.tobytes())
             file.flush()
-            os.fsync(file.fileno())
+            with ThreadPoolExecutor(1) as other:  # the disk works while a core does
+                on_disk = other.submit(os.fsync, file.fileno())
+                self.sha256 = sha256_of(self.partial)
+                on_disk.result()
         self.partial.replace(self.path)
 
     def _append(self, mode: int, content: bytes, height: int, width: int, label: int) -> None:
-        if self._done == len(self._samples):
+        if self._done == self._num_samples:
             raise UserError(f"{self.path}: more than the {self._done} declared samples came")
         if not (0 < height <= MAX_SIDE_PX and 0 < width <= MAX_SIDE_PX):
             raise UserError(f"{self.path}: sample {self._done} has {height}x{width} px (at most {MAX_SIDE_PX} a side)")
-        offset = self._place(len(content))
-        self._samples[self._done] = (mode, width, height, offset, label)
-        self._allocations[self._done] = (self._done, offset, len(content))
-        if self._done == 0 or offset != self._end:  # to seek is to write what is buffered
+        size_bytes = len(content)
+        offset = self._place(size_bytes)
+        if self._done == 0 or offset != self._end:
+            self._write()
             self._file.seek(offset)
-        self._file.write(content)
+        self._waiting.append(content)
+        self._waiting_bytes += size_bytes
+        if self._waiting_bytes >= WRITE_BYTES:
+            self._write()
+        self._rows.extend((mode, width, height, offset, label, size_bytes))
         self._done += 1
-        self._end = offset + len(content)
+        self._end = offset + size_bytes
+
+    def _write(self) -> None:
+        """Write what is waiting, which lies back to back."""
+        self._file.write(b"".join(self._waiting))
+        self._waiting.clear()
+        self._waiting_bytes = 0
+
+    def _tables(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return metadata and allocation table of the samples."""
+        rows = np.frombuffer(self._rows, np.int64).reshape(-1, 6)
+        samples, allocations = np.zeros(self._done, SAMPLE), np.zeros(self._done, ALLOCATION)
+        for column, name in enumerate(("mode", "width", "height", "offset", "label")):
+            samples[name] = rows[:, column]
+        allocations["sample"] = np.arange(self._done)
+        allocations["offset"], allocations["bytes"] = rows[:, 3], rows[:, 5]
+        return samples, allocations
 
     def _place(self, size_bytes: int) -> int:
         """Return the offset at which a sample of this size lies within one page."""
@@ -158,6 +194,28 @@ class BetonWriter:
         with suppress(OSError):  # a full disk does not take what is still buffered
             self._file.close()
         self.partial.unlink(missing_ok=True)
+
+
+def copy_tables(source: BinaryIO, path: Path, num_bytes: int) -> None:
+    """Write a file of a beton's length with its header and tables, zeros in place of its images.
+
+    Args:
+        source: The beton; three stretches of it are read.
+        path: The file to write, sparse.
+        num_bytes: The beton's length.
+    """
+    head = source.read(METADATA_OFFSET)
+    with path.open("wb") as file:
+        file.truncate(num_bytes)
+        file.write(head)
+        if len(head) < METADATA_OFFSET:
+            return  # whoever opens it will say so
+        _, _, _, count, table = np.frombuffer(head[: HEADER.itemsize], HEADER)[0].tolist()
+        if METADATA_OFFSET + count * SAMPLE.itemsize <= table <= num_bytes:
+            file.write(source.read(count * SAMPLE.itemsize))
+            for one in (source, file):
+                one.seek(table)
+            file.write(source.read(num_bytes - table))
 
 
 class Beton:

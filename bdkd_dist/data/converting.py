@@ -17,7 +17,7 @@ from typing import Literal
 from uuid import uuid4
 
 from bdkd_dist.data.beton import BetonWriter
-from bdkd_dist.data.prepared import Part, sha256_of, write_json
+from bdkd_dist.data.prepared import Part, write_json
 from bdkd_dist.data.sources import Piece, Sample
 from bdkd_dist.data.storing import UNDECODABLE, Check, Stored, num_bytes, store
 from bdkd_dist.errors import UserError, first_line
@@ -168,7 +168,11 @@ def convert(task: Task, decoders: Executor, ahead: int, tell: Tell, stop: Event)
                 tell(task.split, len(batch))
             if len(left_out) == len(task.piece):
                 raise _Nothing
-        converted = Converted(_named(scratch, task, len(left_out)), tuple(left_out))
+        part = None
+        if scratch.exists():
+            part = Part(task.path.name, len(task.piece) - len(left_out), scratch.stat().st_size, writer.sha256)
+            scratch.replace(task.path)
+        converted = Converted(part, tuple(left_out))
         write_json(task.record, {"fingerprint": task.fingerprint, "check": task.rules.check} | asdict(converted))
     finally:
         for leftover in scratch.parent.glob(f"{scratch.name}*"):
@@ -178,15 +182,6 @@ def convert(task: Task, decoders: Executor, ahead: int, tell: Tell, stop: Event)
 
 class _Nothing(Exception):
     """No image was stored: the writer's file is not wanted."""
-
-
-def _named(scratch: Path, task: Task, num_left_out: int) -> Part | None:
-    """Give a whole file its name."""
-    if not scratch.exists():
-        return None
-    part = Part(task.path.name, len(task.piece) - num_left_out, scratch.stat().st_size, sha256_of(scratch))
-    scratch.replace(task.path)
-    return part
 
 
 def _append(batch: list[Outcome], writer: BetonWriter, left_out: list[LeftOut]) -> None:

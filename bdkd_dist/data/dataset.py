@@ -1,5 +1,6 @@
 """From settings to the three subsets that a run uses."""
 
+import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,6 +11,8 @@ from bdkd_dist.config import Data
 from bdkd_dist.data.beton import Beton
 from bdkd_dist.data.prepare import Progress, prepare
 from bdkd_dist.data.prepared import Prepared, is_prepared, read_manifest, verify
+from bdkd_dist.data.remote import find_remote, with_tables_only
+from bdkd_dist.data.sources.storage import Place, is_uri, shown
 from bdkd_dist.data.splits import Indices, limit, stratified
 from bdkd_dist.data.stage import stage
 from bdkd_dist.errors import UserError
@@ -63,29 +66,52 @@ def find_prepared(data: Data, progress: Progress | None = None) -> Prepared:
         UserError: See :func:`~bdkd_dist.data.prepare.prepare`; or prepared files of other classes or without the
             splits that a run needs.
     """
-    root = Path(data.root).expanduser() if data.root is not None else None
-    if root is None or not (is_prepared(root) or any(root.glob("*.beton"))):
+    prepared = _prepared_before(data)
+    if prepared is None:
         return prepare(data, progress)
-    prepared = read_manifest(root)
     splits = dict(prepared.splits)
     if "test" not in splits and "validation" in splits:  # ImageNet as it comes
         splits["test"] = splits.pop("validation")
+    root = shown(str(data.root))
     for name in ("train", "test"):
         if name not in splits:
-            raise UserError(f"data.root={data.root} holds no {name} images (it holds: {', '.join(prepared.splits)})")
-    if data.num_classes != len(prepared.class_names):
-        raise UserError(
-            f"data.num_classes={data.num_classes}: data.root={data.root} has {len(prepared.class_names)} classes"
-        )
+            raise UserError(f"data.root={root} holds no {name} images (it holds: {', '.join(prepared.splits)})")
+    if data.num_classes != (K := len(prepared.class_names)):
+        raise UserError(f"data.num_classes={data.num_classes}: data.root={root} has {K} classes")
     return replace(prepared, splits=splits)
+
+
+def _prepared_before(data: Data) -> Prepared | None:
+    """Return the prepared files that ``data.root`` is; None where it is something else."""
+    if data.root is None:
+        return None
+    place = Place.of(data.root) if is_uri(data.root) else None
+    if place and not place.is_local:
+        found = find_remote(place)
+        if found and data.stage == "shared":
+            raise UserError(
+                f"data.root={shown(data.root)} cannot be read in place: set data.stage=local, or memory, and each node "
+                "copies it"
+            )
+        return found
+    folder = place.folder if place else Path(data.root).expanduser()
+    return read_manifest(folder) if is_prepared(folder) or any(folder.glob("*.beton")) else None
 
 
 def open_dataset(prepared: Prepared, data: Data) -> Dataset:
     """Open prepared files, hold out validation images where no split of them is, and limit the training ones.
 
+    Of files that lie elsewhere only the tables are read: their images are not there.
+
     Raises:
         UserError: A file is missing or no whole beton; or ``data.train_limit`` exceeds the training images.
     """
+    if prepared.place:
+        with tempfile.TemporaryDirectory() as folder:  # what is mapped stays
+            try:
+                return open_dataset(with_tables_only(prepared, Path(folder)), data)
+            except UserError as error:
+                raise UserError(str(error).replace(folder, prepared.where())) from None
     betons = {name: Beton(*prepared.paths(name)) for name in prepared.splits}
     labels = {name: beton.labels for name, beton in betons.items()}
 

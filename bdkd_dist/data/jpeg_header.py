@@ -1,5 +1,9 @@
 """What the segments before a JPEG's pixels say, read in a few microseconds (ITU-T T.81, annex B)."""
 
+import struct
+
+SEGMENT = struct.Struct(">BBH")
+"""``FF``, what it is, and how many bytes it has with this number."""
 BASELINE_TO_PROGRESSIVE = (0xC0, 0xC1, 0xC2)
 OTHER_FRAMES = frozenset({0xC3, *range(0xC5, 0xD0)} - {0xC8, 0xCC})
 START_OF_SCAN = 0xDA
@@ -16,9 +20,11 @@ def plain_size(encoded: bytes) -> tuple[int, int] | None:
     """
     if encoded[:2] != b"\xff\xd8":
         return None
-    size, start = None, 2
-    while start + 4 <= len(encoded) and encoded[start] == 0xFF:
-        kind = encoded[start + 1]
+    size, start, last = None, 2, len(encoded) - SEGMENT.size
+    while start <= last:
+        mark, kind, num_bytes = SEGMENT.unpack_from(encoded, start)
+        if mark != 0xFF:
+            return None
         if kind == 0xFF:  # a fill byte
             start += 1
             continue
@@ -28,9 +34,11 @@ def plain_size(encoded: bytes) -> tuple[int, int] | None:
             return None
         if kind in BASELINE_TO_PROGRESSIVE:
             size = _frame(encoded[start + 4 : start + 10])
-        if kind in OTHER_FRAMES or (kind in BASELINE_TO_PROGRESSIVE and size is None):
+            if size is None:
+                return None
+        if kind in OTHER_FRAMES:
             return None
-        start += 2 + int.from_bytes(encoded[start + 2 : start + 4], "big")
+        start += 2 + num_bytes
     return None
 
 

@@ -71,7 +71,7 @@ def open_loader(
         kind: ``data.loader`` of the recipe.
         beton: The prepared images.
         transform: What to do with its images.
-        threads: Decoding threads (ffcv) or processes (torch; 1 decodes in this process).
+        threads: Decoding threads (ffcv; resident, at its start) or processes (torch; 1 decodes in this process).
         cache: ``data.cache`` of the recipe.
         device: Where ``resident`` keeps the images; the others hand out batches on the CPU, pinned for a GPU.
 
@@ -85,7 +85,7 @@ def open_loader(
     if found == "resident":
         from bdkd_dist.data.resident_loader import ResidentLoader
 
-        return ResidentLoader(beton, transform, device)
+        return ResidentLoader(beton, transform, device, threads)
     if found == "torch":
         from bdkd_dist.data.torch_loader import TorchLoader
 

@@ -33,7 +33,7 @@ from bdkd_dist.data.converting import (
     store_batch,
 )
 from bdkd_dist.data.prepared import Prepared, is_prepared, read_manifest, write_manifest
-from bdkd_dist.data.sources import Source, open_source
+from bdkd_dist.data.sources import Source, listed_source, open_source
 from bdkd_dist.data.storing import num_bytes
 from bdkd_dist.data.turns import turn_at
 from bdkd_dist.errors import UserError, first_line
@@ -56,12 +56,26 @@ def prepare(data: Data, progress: Progress | None = None) -> Prepared:
     Raises:
         UserError: The source is wrong, an image cannot be decoded, or the disk is too small.
     """
+    if before := _made_before(data):
+        return before
     return prepare_source(open_source(data), data, progress)
+
+
+def _made_before(data: Data) -> Prepared | None:
+    """Return what was made of shards or tars that did not change since, of which then nothing is read."""
+    if not (listed := listed_source(data)) or not is_prepared(folder := _folder(data, *listed)):
+        return None
+    prepared = read_manifest(folder)
+    return prepared if len(prepared.class_names) == data.num_classes else None  # the source says it better
+
+
+def _folder(data: Data, name: str, fingerprint: str) -> Path:
+    return Path(data.prepared).expanduser() / f"{name}-{fingerprint[:12]}"
 
 
 def prepare_source(source: Source, data: Data, progress: Progress | None = None) -> Prepared:
     """Return the prepared files of a source; see :func:`prepare`."""
-    folder = Path(data.prepared).expanduser() / f"{source.name}-{source.fingerprint[:12]}"
+    folder = _folder(data, source.name, source.fingerprint)
     if not is_prepared(folder):
         with _alone(folder, f"data.prepared={data.prepared}"):
             if not is_prepared(folder):

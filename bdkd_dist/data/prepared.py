@@ -12,9 +12,12 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bdkd_dist.errors import UserError
+
+if TYPE_CHECKING:
+    from bdkd_dist.data.sources.storage import Place
 
 MANIFEST = "manifest.json"
 VERIFIED = ".verified.json"
@@ -34,7 +37,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A prepared data set on the disk."""
+    """A prepared data set, on the disk or elsewhere."""
 
     folder: Path
     fingerprint: str
@@ -45,6 +48,12 @@ class Prepared:
     """How many images of each split could not be decoded; splits without any may be absent."""
     check: str = "full"
     """How thoroughly JPEGs were looked through; see :data:`~bdkd_dist.data.storing.Check`."""
+    place: "Place | None" = None
+    """Where the files lie that are no files of this machine yet; ``folder`` is then but a name."""
+
+    def where(self, file: str = "") -> str:
+        """Return the full name of the folder or of a file in it, for messages."""
+        return self.place.where(file) if self.place else str(self.folder / file)
 
     def paths(self, split: str) -> tuple[Path, ...]:
         """Return the beton files of a split, in order."""
@@ -64,13 +73,21 @@ class Prepared:
 
 def is_prepared(folder: Path) -> bool:
     """Whether a folder holds a prepared data set, or what is left of one; others may have a manifest of their own."""
-    return (folder / MANIFEST).is_file() and (_is_ours(folder / MANIFEST) or any(folder.glob("*.beton")))
+    return (folder / MANIFEST).is_file() and (_holds_ours(folder / MANIFEST) or any(folder.glob("*.beton")))
 
 
-def _is_ours(path: Path) -> bool:
+def _holds_ours(path: Path) -> bool:
     try:
-        manifest = json.loads(path.read_text())
-    except (OSError, ValueError):
+        return is_ours(path.read_bytes())
+    except OSError:
+        return False
+
+
+def is_ours(content: bytes) -> bool:
+    """Whether a file called :data:`MANIFEST` is a prepared data set's."""
+    try:
+        manifest = json.loads(content)
+    except ValueError:
         return False
     return isinstance(manifest, dict) and {"format", "fingerprint", "splits"} <= manifest.keys()
 
@@ -97,19 +114,41 @@ def read_manifest(folder: Path) -> Prepared:
     """
     path = folder / MANIFEST
     if not path.is_file():
-        raise UserError(f"{path} is missing: {folder} is no prepared data set, or was not prepared to its end")
+        raise missing(str(folder))
     try:
-        manifest = json.loads(path.read_text())
+        content = path.read_bytes()
+    except OSError:
+        content = b""
+    return parsed(content, folder, str(folder))
+
+
+def missing(where: str) -> UserError:
+    """Return the line for a folder without a manifest."""
+    return UserError(f"{where}/{MANIFEST} is missing: {where} is no prepared data set, or was not prepared to its end")
+
+
+def parsed(content: bytes, folder: Path, where: str) -> Prepared:
+    """Return what a manifest says of a folder.
+
+    Args:
+        content: The manifest.
+        folder: Its folder.
+        where: The folder's name, for messages.
+
+    Raises:
+        UserError: The manifest is damaged or of another format.
+    """
+    again = f"delete the folder {where} to prepare it again"
+    try:
+        manifest = json.loads(content)
         if (found := manifest["format"]) == FORMAT:
             splits = {name: tuple(Part(**part) for part in parts) for name, parts in manifest["splits"].items()}
             names = tuple(manifest["class_names"])
             left_out, check = dict(manifest.get("left_out", {})), manifest.get("check", "full")
             return Prepared(folder, manifest["fingerprint"], names, splits, left_out, check)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{path} cannot be read; delete the folder {folder} to prepare it again") from None
-    raise UserError(
-        f"{path} has format {found}, this version reads {FORMAT}; delete the folder {folder} to prepare it again"
-    )
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{where}/{MANIFEST} cannot be read; {again}") from None
+    raise UserError(f"{where}/{MANIFEST} has format {found}, this version reads {FORMAT}; {again}")
 
 
 def verify(prepared: Prepared) -> None:

@@ -1,6 +1,5 @@
 """The loader of small sets: all images stay on the device, and batches are made there many at a time."""
 
-import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -38,15 +37,16 @@ class ResidentLoader(Loader):
         beton: Images of one size, all of which are decoded now.
         transform: What to do with them.
         device: Where they are kept.
+        threads: How many decode at once.
 
     Raises:
         UserError: The images differ in size, or do not fit into the device's memory.
         DataError: One cannot be decoded.
     """
 
-    def __init__(self, beton: Beton, transform: Transform, device: torch.device) -> None:
+    def __init__(self, beton: Beton, transform: Transform, device: torch.device, threads: int) -> None:
         self._beton, self._transform, self._device = beton, transform, device
-        self._images: _Images | None = _images_of(beton, device)
+        self._images: _Images | None = _images_of(beton, device, threads)
         self._labels = torch.from_numpy(beton.labels).to(device)
 
     def batches(self, epoch: int, index_batches: Sequence[Indices]) -> Iterator[Batch]:
@@ -169,17 +169,17 @@ class _Images:
         width: Of each, in pixels.
     """
 
-    def __init__(self, beton: Beton, device: torch.device) -> None:
+    def __init__(self, beton: Beton, device: torch.device, threads: int) -> None:
         self.beton = beton  # its id is what others find these images by
         self.height, self.width = _one_size(beton)
         count, size = len(beton), self.height * self.width
         _refuse_too_many(beton, count * size * 3, device)
         self.pixels = torch.empty((1 + count * size, 3), dtype=torch.uint8, device=device)
         self.pixels[0] = 0
-        with ThreadPoolExecutor(len(os.sched_getaffinity(0)), thread_name_prefix="bdkd-decode") as threads:
+        with ThreadPoolExecutor(threads, thread_name_prefix="bdkd-decode") as decoders:
             for first in range(0, count, READ_SAMPLES):
                 indices = range(first, min(first + READ_SAMPLES, count))
-                read = np.stack(list(threads.map(self._read, indices)))
+                read = np.stack(list(decoders.map(self._read, indices)))
                 part = self.whole()[indices.start : indices.stop]
                 part.copy_(torch.from_numpy(read))
 
@@ -203,12 +203,12 @@ class _Images:
 _shared: WeakValueDictionary[tuple[int, torch.device], _Images] = WeakValueDictionary()
 
 
-def _images_of(beton: Beton, device: torch.device) -> _Images:
+def _images_of(beton: Beton, device: torch.device, threads: int) -> _Images:
     """Return the beton's images on the device, those that another loader holds if there is one."""
     key = (id(beton), device)
     images = _shared.get(key)
     if images is None:
-        images = _shared[key] = _Images(beton, device)
+        images = _shared[key] = _Images(beton, device, threads)
     return images
 
 

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
 from threading import Event
-from typing import Literal
+from typing import Any, Literal
 
 from bdkd_dist.data.prepared import (
     VERIFIED,
@@ -29,12 +29,14 @@ from bdkd_dist.data.prepared import (
     write_json,
     write_manifest,
 )
+from bdkd_dist.data.sources.storage import THREADS, File
 from bdkd_dist.data.turns import turn_at
 from bdkd_dist.errors import UserError, first_line
 
 Near = Literal["local", "memory"]
 
 COPY_THREADS = 4
+"""Files copied at once from a disk; from other file systems it is as many as requests may be under way."""
 PIECE_BYTES = 2**22
 
 logger = logging.getLogger(__name__)
@@ -48,7 +50,7 @@ def stage(prepared: Prepared, near: Near, folder: Path | None = None) -> Prepare
     found whole is not read again while its size and time of change stay what they were.
 
     Args:
-        prepared: The files as they lie; they are not verified before.
+        prepared: The files as they lie, on this machine or elsewhere; they are not verified before.
         near: ``data.stage`` of the recipe: the node's ``local`` disk, or its ``memory``.
         folder: ``data.stage_folder`` of the recipe: where copies are kept, each in a folder of its own. By default the
             user's own in the temporary folder or in ``/dev/shm``.
@@ -58,7 +60,7 @@ def stage(prepared: Prepared, near: Near, folder: Path | None = None) -> Prepare
             says.
     """
     root = folder or _default_folder(near)
-    staged = replace(prepared, folder=root / prepared.content[:16])
+    staged = replace(prepared, folder=root / prepared.content[:16], place=None)
     try:
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
         if folder is None and root.stat().st_uid != os.getuid():
@@ -101,11 +103,11 @@ def _copy_all(source: Prepared, staged: Prepared, missing: Sequence[Part], near:
         leftover.unlink()
     _check_space(staged.folder, missing, near)
     size_gb = sum(part.bytes for part in missing) / 1e9
-    logger.warning("copying %.3g GB of images from %s to %s, where they stay", size_gb, source.folder, staged.folder)
+    logger.warning("copying %.3g GB of images from %s to %s, where they stay", size_gb, source.where(), staged.folder)
     whole = [part for part in staged.parts if part not in missing]
     stop = Event()
-    with ThreadPoolExecutor(COPY_THREADS) as pool:
-        copying = {pool.submit(_copy, source.folder / part.file, staged.folder, part, stop): part for part in missing}
+    with ThreadPoolExecutor(THREADS if source.place else COPY_THREADS) as pool:
+        copying = {pool.submit(_copy, source, staged.folder, part, stop): part for part in missing}
         try:
             for copied in as_completed(copying):
                 copied.result()
@@ -132,13 +134,13 @@ def _record(staged: Prepared, whole: Sequence[Part]) -> None:
     write_json(staged.folder / VERIFIED, {part.file: stamp_of(staged, part) for part in whole})
 
 
-def _copy(source: Path, folder: Path, part: Part, stop: Event) -> None:
+def _copy(source: Prepared, folder: Path, part: Part, stop: Event) -> None:
     """Copy a file and compare it with its manifest's entry on the way."""
-    partial = folder / f"{part.file}.partial"
+    partial, where = folder / f"{part.file}.partial", source.where(part.file)
     sha256, copied_bytes = hashlib.sha256(), 0
     try:
         with partial.open("wb") as target:
-            for piece in _pieces(source):
+            for piece in _pieces(source, part):
                 sha256.update(piece)
                 target.write(piece)
                 copied_bytes += len(piece)
@@ -147,21 +149,27 @@ def _copy(source: Path, folder: Path, part: Part, stop: Event) -> None:
             target.flush()
             os.fsync(target.fileno())
         if copied_bytes != part.bytes:
-            raise UserError(f"{source} is truncated or grown: {copied_bytes} bytes came instead of {part.bytes}")
+            raise UserError(f"{where} is truncated or grown: {copied_bytes} bytes came instead of {part.bytes}")
         if sha256.hexdigest() != part.sha256:
-            raise UserError(f"{source} was altered: its SHA-256 is not the manifest's")
+            raise UserError(f"{where} was altered: its SHA-256 is not the manifest's")
         partial.replace(folder / part.file)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
 
 
-def _pieces(source: Path) -> Iterator[memoryview]:
+def _pieces(source: Prepared, part: Part) -> Iterator[memoryview]:
     """Yield a file's bytes; a piece is written over by the next."""
-    buffer = memoryview(bytearray(PIECE_BYTES))
+    buffer = memoryview(bytearray(source.place.buffer_bytes if source.place else PIECE_BYTES))
     try:
-        with source.open("rb", buffering=0) as file:
+        with _opened(source, part) as file:
             while count := file.readinto(buffer):
                 yield buffer[:count]
     except OSError as error:
-        raise UserError(f"{source} cannot be read: {error.strerror}") from None
+        raise UserError(f"{source.where(part.file)} cannot be read: {error.strerror}") from None
+
+
+def _opened(source: Prepared, part: Part) -> Any:
+    if source.place:
+        return source.place.open(File(part.file, part.bytes, 0))
+    return (source.folder / part.file).open("rb", buffering=0)

@@ -192,9 +192,12 @@ def _settings(source: str, rules: Rules, overrides: Sequence[str]) -> Data:
     for override in overrides:
         if (key := override.partition("=")[0]) not in KEYS:
             raise unknown("key of prepare", key, KEYS)
-    named = [f"data.dataset={source}"] if source in NAMED else ["data.dataset=files", f"data.root={source}"]
+    if not source:
+        raise UserError(f"SOURCE is empty: give a folder, a URI, or one of {', '.join(NAMED)}")
+    named = f"data.dataset={source if source in NAMED else 'files'}"
     stored = [f"data.max_side_px={rules.max_side_px}", f"data.jpeg_quality={rules.jpeg_quality}"]
-    return config.load("digits", [*named, *stored, *overrides]).data
+    data = config.load("digits", [named, *stored, *overrides]).data
+    return data if source in NAMED else data.model_copy(update={"root": source})  # whatever it is called
 
 
 def _found(data: Data) -> Source:

@@ -1,3 +1,4 @@
+import hashlib
 import pickle
 from pathlib import Path
 
@@ -43,6 +44,7 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert beton.encoded(3).tobytes() == jpeg
     assert np.abs(beton.pixels(3).astype(int) - smooth(90, 120)).mean() < 3
     assert [p.name for p in tmp_path.iterdir()] == ["a.beton"]
+    assert writer.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def test_the_file_has_the_layout_of_the_docstring(beton: Path) -> None:

@@ -1,6 +1,7 @@
 """The resident loader gives the torch loader's batches, from images it keeps on the device."""
 
 import dataclasses
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -222,6 +223,24 @@ def test_loaders_of_one_beton_share_its_images_and_let_go_of_them(
     second.close()
     open_loader("resident", beton, make("pad", 32), 1).close()
     assert len(made) == 2
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_as_many_threads_decode_as_are_asked_for(
+    betons: dict[Any, Beton], monkeypatch: pytest.MonkeyPatch, threads: int
+) -> None:
+    seen: set[int] = set()
+    all_here = threading.Barrier(threads)
+
+    def pixels(beton: Beton, index: int, whole: Any = Beton.pixels) -> np.ndarray:
+        if threading.get_ident() not in seen:
+            seen.add(threading.get_ident())
+            all_here.wait(timeout=60)
+        return whole(beton, index)  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(Beton, "pixels", pixels)
+    open_loader("resident", betons[32, 32, True], make("pad", 32), threads).close()
+    assert len(seen) == threads
 
 
 def test_images_of_two_sizes_are_refused(tmp_path: Path) -> None:

@@ -2,12 +2,14 @@ import io
 import os
 import pickle
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from fake_sources import PNGS, data, images, refuse, write_tar
 
+from bdkd_dist.data.prepare import prepare
 from bdkd_dist.data.sources import Source, open_source
 from bdkd_dist.errors import UserError
 
@@ -208,6 +210,24 @@ def test_the_fingerprint_follows_the_tars(tmp_path: Path) -> None:
     tar = tmp_path / "val" / "000.tar"
     os.utime(tar, ns=(0, tar.stat().st_mtime_ns + 1))
     assert len({first, named, fingerprint()}) == 3
+
+
+@pytest.mark.parametrize("write", [write_class_folders, write_web, write_tar_per_class])
+def test_tars_that_were_prepared_are_not_read_again(tmp_path: Path, write: Callable[[Path], None]) -> None:
+    write(tmp_path / "in")
+    settings = data(root=str(tmp_path / "in"), prepared=str(tmp_path / "cache"))
+    first = prepare(settings)
+    tar = next(path for path in (tmp_path / "in").rglob("*.tar") if "train" in str(path.relative_to(tmp_path)))
+    stat = tar.stat()
+    tar.write_bytes(b"x" * stat.st_size)
+    os.utime(tar, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # as if nothing had happened
+    assert prepare(settings) == first
+    for changed in (settings.model_copy(update={"num_classes": 3}), settings.model_copy(update={"max_side_px": 99})):
+        with pytest.raises(UserError, match=f"{tar} is cut short or no tar"):
+            prepare(changed)
+    os.utime(tar)
+    with pytest.raises(UserError, match=f"{tar} is cut short or no tar"):
+        prepare(settings)
 
 
 # --- mistakes

@@ -96,6 +96,16 @@ def test_a_link_to_a_folder_is_followed(shards: Path, tmp_path: Path) -> None:
     verify(read_manifest(tmp_path / "link"))
 
 
+@pytest.mark.parametrize("name", ["null", "[x]", "{a: 1}", "a=b"])
+def test_a_source_may_have_any_name(shards: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    shards.rename(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    outcome, _ = run(name, tmp_path / "out")
+    verify(outcome.prepared)
+    with pytest.raises(UserError, match="SOURCE is empty: give a folder, a URI, or one of digits, cifar10"):
+        run("", tmp_path / "out")
+
+
 def test_digits_need_no_files(tmp_path: Path) -> None:
     outcome, _ = run("digits", tmp_path / "out", overrides=["data.image_px=16"])
     beton = Beton(*outcome.prepared.paths("train"))

@@ -97,6 +97,19 @@ int bdkd_decode(const unsigned char *encoded, uint64_t bytes, int32_t height, in
     return code;
 }
 
+/* Entropy-decode all of a JPEG whose pixels come in one scan: nothing is kept of all its rows but the last. */
+static void skim(struct jpeg_decompress_struct *jpeg) {
+    jpeg->out_color_space = jpeg->jpeg_color_space;
+    jpeg->do_fancy_upsampling = FALSE;
+    jpeg->scale_num = 1;
+    jpeg->scale_denom = 8;
+    jpeg_start_decompress(jpeg);
+    JSAMPARRAY row = (*jpeg->mem->alloc_sarray)((j_common_ptr)jpeg, JPOOL_IMAGE,
+                                                jpeg->output_width * jpeg->output_components, 1);
+    if (jpeg->output_height > 1) jpeg_skip_scanlines(jpeg, jpeg->output_height - 1);
+    jpeg_read_scanlines(jpeg, row, 1);
+}
+
 int bdkd_check(const unsigned char *encoded, uint64_t bytes) {
     struct decoder decoder;
     guard(&decoder);
@@ -106,7 +119,10 @@ int bdkd_check(const unsigned char *encoded, uint64_t bytes) {
     }
     int code = open_jpeg(&decoder.jpeg, encoded, bytes);
     if (code == SOUND) {
-        jpeg_read_coefficients(&decoder.jpeg);
+        if (jpeg_has_multiple_scans(&decoder.jpeg))
+            jpeg_read_coefficients(&decoder.jpeg);
+        else
+            skim(&decoder.jpeg);
         jpeg_finish_decompress(&decoder.jpeg);
     }
     jpeg_destroy_decompress(&decoder.jpeg);

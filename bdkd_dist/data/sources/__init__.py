@@ -5,19 +5,20 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from bdkd_dist.config import Data
 from bdkd_dist.data.sources.arrays import CIFAR_FOLDERS, cifar, digits
-from bdkd_dist.data.sources.base import Piece, Sample, Source, SourceSplit, files_by_split, is_image
+from bdkd_dist.data.sources.base import Piece, Sample, Source, SourceSplit, files_by_split, is_image, source_name
 from bdkd_dist.data.sources.folders import flat_folder, image_folder
-from bdkd_dist.data.sources.parquet import parquet_shards
-from bdkd_dist.data.sources.storage import Place, in_parallel, shown
-from bdkd_dist.data.sources.tars import tar_files
+from bdkd_dist.data.sources.parquet import fingerprint_of_shards, parquet_shards
+from bdkd_dist.data.sources.storage import File, Place, in_parallel, shown
+from bdkd_dist.data.sources.tars import fingerprint_of_tars, tar_files
 from bdkd_dist.errors import UserError
 
-__all__ = ["Piece", "Sample", "Source", "SourceSplit", "find_source", "open_source"]
+__all__ = ["Piece", "Sample", "Source", "SourceSplit", "find_source", "listed_source", "open_source"]
 
 HOW = (
     "a folder of Parquet shards (train-*.parquet), an image folder (train/<class>/...) or a folder of tars "
@@ -62,21 +63,61 @@ def find_source(data: Data, without_classes: bool = False) -> Source:
     raise UserError(f"data.root={shown(str(data.root))} {state} {HOW}")
 
 
-def _found(place: Place, data: Data, without_classes: bool) -> Source | None:
-    """Look what lies in the root and the folders in it."""
+def listed_source(data: Data) -> tuple[str, str] | None:
+    """Return the name and the fingerprint that a source of shards or tars has, from their names, sizes and times alone.
+
+    Returns:
+        None for other sources, which say no more when they are listed than when they are found.
+
+    Raises:
+        UserError: The place cannot be listed.
+    """
+    if data.dataset == "digits" or data.root is None:
+        return None
+    place = Place.of(data.root)
+    if not (content := _listing(place)):
+        return None
+    if content.shards:
+        return source_name(place, data), fingerprint_of_shards(content.shards, data)
+    if content.tars:
+        return source_name(place, data), fingerprint_of_tars(content.tars, content.files, data)
+    return None
+
+
+class _Content(NamedTuple):
+    """What lies in a root and in the folders in it."""
+
+    files: list[File]
+    folders: dict[str, list[str]]
+    """Those in each folder of the root."""
+    shards: dict[str, list[File]]
+    tars: dict[str, list[File]]
+    """Empty where the images lie in folders."""
+
+
+def _listing(place: Place) -> _Content | None:
     if not place.is_folder():
         return None
     files, folders = place.listing()
     inside = dict(zip(folders, in_parallel(place.listing, folders), strict=True))
     files += [file for these, _ in inside.values() for file in these]
-    if shards := files_by_split(files, ".parquet"):
-        return parquet_shards(place, shards, data)
-    packed = files_by_split(files, ".tar")
-    if "train" in inside and (inside["train"][1] or not packed):
-        return image_folder(place, {folder: of for folder, (_, of) in inside.items()}, data)
-    if packed:
-        return tar_files(place, packed, files, data)
-    images = [file for file in files if is_image(file.path) and "/" not in file.path]
+    shards, tars = files_by_split(files, ".parquet"), files_by_split(files, ".tar")
+    if "train" in inside and inside["train"][1]:
+        tars = {}
+    return _Content(files, {folder: of for folder, (_, of) in inside.items()}, shards, tars)
+
+
+def _found(place: Place, data: Data, without_classes: bool) -> Source | None:
+    """Look what lies in the root and the folders in it."""
+    if not (content := _listing(place)):
+        return None
+    if content.shards:
+        return parquet_shards(place, content.shards, data)
+    if content.tars:
+        return tar_files(place, content.tars, content.files, data)
+    if "train" in content.folders:
+        return image_folder(place, content.folders, data)
+    images = [file for file in content.files if is_image(file.path) and "/" not in file.path]
     return flat_folder(place, images, data) if without_classes and images else None
 
 

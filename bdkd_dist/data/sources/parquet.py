@@ -25,6 +25,11 @@ from bdkd_dist.errors import UserError
 BATCH_ROWS = 32
 
 
+def fingerprint_of_shards(shards: dict[str, list[File]], data: Data) -> str:
+    """Return the source's fingerprint, for which nothing is read."""
+    return fingerprint("parquet", data, [file for split in sorted(shards) for file in shards[split]])
+
+
 def parquet_shards(place: Place, shards: dict[str, list[File]], data: Data) -> Source:
     """Read footers and labels of all shards, in parallel; the images of a shard stream page by page.
 
@@ -50,8 +55,7 @@ def parquet_shards(place: Place, shards: dict[str, list[File]], data: Data) -> S
         pieces[split] += _pieces(place, file, image, summary)
     splits = {split: SourceSplit(split, tuple(these)) for split, these in pieces.items()}
     names = _class_names(schema, label) or [str(k) for k in range(int(splits["train"].labels.max(initial=-1)) + 1)]
-    print_of_files = fingerprint("parquet", data, [file for _, file in every])
-    return Source(source_name(place, data), tuple(names), splits, print_of_files)
+    return Source(source_name(place, data), tuple(names), splits, fingerprint_of_shards(shards, data))
 
 
 class _Summary(NamedTuple):
@@ -102,8 +106,8 @@ def _samples(
     place: Place, file: File, image: str, labels: Labels, groups: tuple[int, ...], first_row: int
 ) -> Iterator[Sample]:
     contents = _contents(place, file, image, groups)
-    for row, (content, label) in enumerate(zip(contents, labels, strict=True), start=first_row):
-        yield Sample(content or b"", int(label), f"{file.path} row {row}")  # nothing is an image that is damaged
+    for row, (content, label) in enumerate(zip(contents, labels.tolist(), strict=True), start=first_row):
+        yield Sample(content or b"", label, f"{file.path} row {row}")  # nothing is an image that is damaged
 
 
 def _contents(place: Place, file: File, image: str, groups: tuple[int, ...]) -> Iterator[bytes | None]:
@@ -120,7 +124,7 @@ def _contents(place: Place, file: File, image: str, groups: tuple[int, ...]) -> 
             column = batch.column(0)
             if pa.types.is_struct(column.type):
                 column = pc.struct_field(column, "bytes")
-            yield from (value.as_py() for value in column)
+            yield from column.to_pylist()
 
 
 def _is_binary(kind: Any) -> bool:

@@ -2,10 +2,11 @@
 
 import os
 import re
+import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -17,6 +18,10 @@ from bdkd_dist.errors import UserError, first_line, unknown
 T = TypeVar("T")
 R = TypeVar("R")
 SCHEMES = ("abfs", "abfss", "file", "gcs", "gs", "hdfs", "s3", "viewfs")
+OBJECT_STORES = ("abfs", "abfss", "gcs", "gs", "s3")
+"""An object appears there when it was sent whole; elsewhere a file is written beside and renamed."""
+SECRETS = ("account_key", "client_secret", "sas_token", "secret_key", "session_token", "token")
+"""Keys of a URI's query that must not be kept."""
 THREADS = 16
 """Requests under way at once: they wait for the network, not for a core."""
 LOCAL_BUFFER_BYTES = 2**20
@@ -39,22 +44,39 @@ class Place:
     root: str
 
     @classmethod
-    def of(cls, root: str) -> "Place":
-        """Return the place that a user names; a relative path is made absolute.
+    def of(cls, root: str, key: str = "data.root") -> "Place":
+        """Return the place that a user names under a key of the recipe; a relative path is made absolute.
 
         Raises:
             UserError: The URI's scheme is unknown.
         """
-        if not _is_uri(root):
+        if not is_uri(root):
             return cls(os.path.abspath(Path(root).expanduser()))
         if (scheme := urlsplit(root).scheme) not in SCHEMES:
-            raise UserError(f"data.root={shown(root)}: {unknown('file system', scheme, SCHEMES)}; or give a path")
+            raise UserError(f"{key}={shown(root)}: {unknown('file system', scheme, SCHEMES)}; or give a path")
         return cls(root)
+
+    def __truediv__(self, path: str) -> "Place":
+        """Return a folder below; a URI's query stays at its end."""
+        folder, mark, query = self.root.partition("?") if is_uri(self.root) else (self.root, "", "")
+        return Place(f"{folder.rstrip('/')}/{path}{mark}{query}")
+
+    @property
+    def parent(self) -> "Place":
+        """The folder above."""
+        folder, mark, query = self.root.partition("?") if is_uri(self.root) else (self.root, "", "")
+        return Place(f"{folder.rstrip('/').rpartition('/')[0]}{mark}{query}")
 
     @property
     def is_local(self) -> bool:
         """Whether reading needs no network, as far as one can tell."""
-        return not _is_uri(self.root) or self.root.startswith("file:")
+        return not is_uri(self.root) or self.root.startswith("file:")
+
+    @property
+    def folder(self) -> Path:
+        """The path of a place on this machine."""
+        assert self.is_local
+        return Path(_connect(self.root)[1])
 
     @property
     def buffer_bytes(self) -> int:
@@ -65,7 +87,7 @@ class Place:
     def name(self) -> str:
         """The folder's name."""
         return (
-            Path(self.root).resolve().name if not _is_uri(self.root) else _connect(self.root)[1].split("/")[-1]
+            Path(self.root).resolve().name if not is_uri(self.root) else _connect(self.root)[1].split("/")[-1]
         ) or "files"
 
     def is_folder(self) -> bool:
@@ -112,6 +134,62 @@ class Place:
         with self.open(file) as opened:
             return opened.read()
 
+    def find(self, path: str) -> bytes | None:
+        """Return the bytes of a file that others may change or remove meanwhile; None where there is none.
+
+        Args:
+            path: Below the place's root; empty for the root itself, where that is a file.
+        """
+        from pyarrow.fs import FileType
+
+        with self.reading(path):
+            system, base = _connect(self.root)
+            file = f"{base}/{path}".rstrip("/")
+            if system.get_file_info(file).type != FileType.File:
+                return None
+            with suppress(FileNotFoundError), system.open_input_file(file) as opened:
+                return opened.read()
+            return None
+
+    def exists(self, path: str) -> bool:
+        """Return whether there is such a file."""
+        from pyarrow.fs import FileType
+
+        with self.reading(path):
+            system, base = _connect(self.root)
+            return system.get_file_info(f"{base}/{path}".rstrip("/")).type == FileType.File
+
+    def write(self, path: str, content: bytes) -> None:
+        """Write a file and the folders above it; readers see it whole, or what was there before.
+
+        Raises:
+            UserError: It cannot be written.
+        """
+        with self.writing(path):
+            system, base = _connect(self.root)
+            file = f"{base}/{path}"
+            in_place = is_uri(self.root) and urlsplit(self.root).scheme in OBJECT_STORES
+            sent = file if in_place else f"{file}.{uuid.uuid4().hex}.partial"
+            if not in_place:
+                system.create_dir(sent.rpartition("/")[0], recursive=True)
+            # Closing is what makes an object appear: never after a write that failed.
+            stream = system.open_output_stream(sent)
+            stream.write(content)
+            stream.close()
+            if not in_place:
+                system.move(sent, file)
+
+    def delete(self, path: str) -> None:
+        """Remove a file, if it is there.
+
+        Raises:
+            UserError: It cannot be removed.
+        """
+        with self.writing(path):
+            system, base = _connect(self.root)
+            with suppress(FileNotFoundError):
+                system.delete_file(f"{base}/{path}")
+
     def ahead(self, function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
         """Yield ``function(item)`` in order; on a network, threads work a few items ahead."""
         if self.is_local:
@@ -133,9 +211,16 @@ class Place:
         """Return a file's full name, for messages."""
         return f"{shown(self.root).rstrip('/')}/{path}".rstrip("/") or "/"
 
-    @contextmanager
-    def reading(self, path: str = "") -> Iterator[None]:
+    def reading(self, path: str = "") -> AbstractContextManager[None]:
         """Say in one line which file or folder cannot be read, and why."""
+        return self._saying(path, "read")
+
+    def writing(self, path: str = "") -> AbstractContextManager[None]:
+        """Say in one line which file cannot be written, and why."""
+        return self._saying(path, "written")
+
+    @contextmanager
+    def _saying(self, path: str, done: str) -> Iterator[None]:
         from pyarrow import ArrowException
 
         try:
@@ -144,7 +229,7 @@ class Place:
             raise
         except (OSError, ValueError, ArrowException) as error:
             reason = first_line(error).replace(self.root, shown(self.root))
-            raise UserError(f"{self.where(path)} cannot be read: {reason}") from None
+            raise UserError(f"{self.where(path)} cannot be {done}: {reason}") from None
 
 
 def in_parallel(function: Callable[[T], R], items: Iterable[T]) -> list[R]:
@@ -158,18 +243,19 @@ def in_parallel(function: Callable[[T], R], items: Iterable[T]) -> list[R]:
 
 def shown(root: str) -> str:
     """Return a path or URI without what may be secret in it: keys before the host and the query."""
-    return re.sub(r"//[^@]*:.*@", "//", root.partition("?")[0]) if _is_uri(root) else root
+    return re.sub(r"//[^@]*:.*@", "//", root.partition("?")[0]) if is_uri(root) else root
 
 
 def has_secret(root: str) -> bool:
     """Return whether a URI holds a key that must not be kept."""
-    if not _is_uri(root):
+    if not is_uri(root):
         return False
     parts = urlsplit(root)
-    return parts.password is not None or "secret_key" in parse_qs(parts.query)
+    return parts.password is not None or not parse_qs(parts.query).keys().isdisjoint(SECRETS)
 
 
-def _is_uri(root: str) -> bool:
+def is_uri(root: str) -> bool:
+    """Return whether a place is named by a URI, not by a path."""
     return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", root) is not None
 
 
@@ -178,4 +264,4 @@ def _connect(root: str) -> tuple[Any, str]:
     """Return the file system and the folder in it."""
     from pyarrow.fs import FileSystem, LocalFileSystem
 
-    return FileSystem.from_uri(root) if _is_uri(root) else (LocalFileSystem(), root)
+    return FileSystem.from_uri(root) if is_uri(root) else (LocalFileSystem(), root)

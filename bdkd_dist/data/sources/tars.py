@@ -62,6 +62,12 @@ class _Index(NamedTuple):
     is_web: bool
 
 
+def fingerprint_of_tars(found: dict[str, list[File]], beside: list[File], data: Data) -> str:
+    """Return the source's fingerprint, for which nothing is read."""
+    tars = [tar for split in sorted(found) for tar in found[split]]
+    return fingerprint("tar", data, [*tars, *_class_names(beside)])
+
+
 def tar_files(place: Place, found: dict[str, list[File]], beside: list[File], data: Data) -> Source:
     """Read the headers of all tars, in parallel; the images are read where they lie.
 
@@ -101,8 +107,7 @@ def tar_files(place: Place, found: dict[str, list[File]], beside: list[File], da
                 "no .cls beside it and is not in a tar per class (train/<class>.tar)"
             )
         splits[split] = _split(place, split, these, np.array([number[image.label] for image in these], np.int64))
-    entries: list[str | File] = [*names, *(tar for _, tar in every)]
-    return Source(source_name(place, data), names, splits, fingerprint("tar", data, entries))
+    return Source(source_name(place, data), names, splits, fingerprint_of_tars(found, beside, data))
 
 
 # --- headers
@@ -183,11 +188,16 @@ def _numbers(
         except ValueError:
             where = f"{place.where(image.tar.path)}: the .cls of {image.path}"
             raise UserError(f"{where} holds '{image.label}' (allowed: an integer)") from None
-    if listed := next((file for file in beside if PurePosixPath(file.path).name == CLASS_NAMES), None):
+    for listed in _class_names(beside):
         with place.reading(listed.path):
             return number, tuple(place.read(listed).decode().splitlines())
     most = max((number[image.label] for image in images["train"]), default=-1)
     return number, tuple(str(k) for k in range(most + 1))
+
+
+def _class_names(beside: list[File]) -> list[File]:
+    """Return the file of names, if there is one."""
+    return [file for file in beside if PurePosixPath(file.path).name == CLASS_NAMES][:1]
 
 
 # --- images
