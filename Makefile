@@ -1,12 +1,14 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check test lock clean
+.PHONY: help setup demo check test cluster-test lock clean
 
 BIN := .venv/bin
 # Two at a time, files whole (their fixtures are runs), one thread each: small networks gain nothing from more.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile
+# One at a time: several Ray nodes fill the cores.
+CLUSTER := OMP_NUM_THREADS=1 $(BIN)/pytest -q -m cluster
 
 help:   ## what can be made
-	@grep -hE '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## */  make \1\t/' | expand -t 16
+	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/' | expand -t 24
 
 setup:  ## make this machine ready (system packages for FFCV, .venv)
 	@cluster/setup_node.sh
@@ -20,7 +22,11 @@ check: setup  ## lint, types and the fast tests, for the daily loop
 	@$(PYTEST) -m "not slow"
 
 test: check  ## everything
-	@$(PYTEST) -m slow
+	@$(PYTEST) -m "slow and not cluster"
+	@$(CLUSTER)
+
+cluster-test: setup  ## faults and growth on several Ray nodes (part of `make test`)
+	@$(CLUSTER)
 
 # The lock names no index, so it works with any mirror; torch and torchvision are a pair that was built together.
 lock:   ## resolve requirements.txt again from pyproject.toml

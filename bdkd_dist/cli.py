@@ -30,17 +30,25 @@ console = Console()
 def train(
     recipe: Annotated[str, typer.Argument(help="A shipped recipe's name, or a YAML file.")],
     overrides: Overrides = None,
+    address: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RAY", envvar="RAY_ADDRESS", help="Train on this Ray cluster: auto, or HOST:PORT.", show_envvar=True
+        ),
+    ] = None,
 ) -> None:
     """Train a teacher and its student together; the same command goes on where a run was cut."""
     from bdkd_dist import config
     from bdkd_dist.launch import run
 
-    _report(run.train(config.load(recipe, overrides or ()), console))
+    _report(run.train(config.load(recipe, overrides or ()), console, address))
 
 
 @app.command()
 def evaluate(
-    run_path: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, or one of its checkpoints.")],
+    run_path: Annotated[
+        str, typer.Argument(metavar="RUN", help="A run folder or one of its checkpoints, by path or URI.")
+    ],
     overrides: Overrides = None,
     shift: Annotated[bool, typer.Option("--shift", help="Measure under corruptions of the test images too.")] = False,
     ood: Annotated[
@@ -93,13 +101,95 @@ def prepare(
 
 
 @app.command()
-def doctor() -> None:
-    """Say what is missing on this machine, and the command that mends it."""
-    from bdkd_dist.launch.doctor import examine, table
+def doctor(
+    address: Annotated[
+        str | None, typer.Option(metavar="RAY", help="Look at every node of this Ray cluster: auto, or HOST:PORT.")
+    ] = None,
+    storage: Annotated[
+        str | None,
+        typer.Option(metavar="PATH|URI", help="With --address: is this run.storage the same place for every node?"),
+    ] = None,
+) -> None:
+    """Say what is missing on this machine, or on every node of a cluster, and the command that mends it."""
+    from bdkd_dist.launch import doctor
 
-    findings = examine()
-    console.print(table(findings))
+    if address is not None:
+        from bdkd_dist.launch import ray_doctor
+
+        nodes = ray_doctor.examine(address, storage)
+        _show(ray_doctor.table(nodes))
+        for line in ray_doctor.problems(nodes):
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
+        raise typer.Exit(int(any(node.lacks_something for node in nodes)))
+    if storage is not None:
+        raise UserError("--storage is looked at from the nodes of a cluster; give its --address too")
+    findings = doctor.examine()
+    console.print(doctor.table(findings))
     raise typer.Exit(int(any(finding.status == "missing" for finding in findings)))
+
+
+Address = Annotated[
+    str | None,
+    typer.Option(metavar="URL", help="The head node's job server, http://HEAD:8265; default RAY_API_SERVER_ADDRESS."),
+]
+JobId = Annotated[str, typer.Argument(metavar="ID")]
+
+
+@app.command()
+def submit(
+    command: Annotated[
+        list[str], typer.Argument(metavar="-- COMMAND...", help="After --: train, evaluate, prepare or doctor.")
+    ],
+    address: Address = None,
+    detach: Annotated[bool, typer.Option("--detach", help="Print the job's id and leave it alone.")] = False,
+) -> None:
+    """Run a command line as a job on a Ray cluster, show its log, and end as it ends."""
+    from bdkd_dist.launch import jobs
+
+    name = jobs.command_of(command)
+    parsed = typer.main.get_command(app).commands[name].make_context(f"bdkd {name}", command[1:])  # type: ignore[attr-defined]
+    jobs.check(command, parsed.params, Path.cwd())
+    cluster = jobs.Jobs(address)
+    job = cluster.submit(command, Path.cwd())
+    print(job, flush=True)
+    _say(cluster.hint(job))
+    if not detach:
+        raise typer.Exit(cluster.follow(job, _write, _say))
+
+
+jobs_app = typer.Typer(help="The jobs that were submitted to a cluster.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(jobs_app, name="jobs")
+
+
+@jobs_app.command("list")
+def list_jobs(address: Address = None) -> None:
+    """List the jobs of a cluster and how they ended."""
+    from bdkd_dist.launch.jobs import Jobs
+
+    listed = Jobs(address).table()
+    console.print(listed) if console.is_terminal else _show(listed)  # elsewhere a job is one line
+
+
+@jobs_app.command("logs")
+def job_logs(
+    job: JobId,
+    address: Address = None,
+    follow: Annotated[bool, typer.Option("--follow", help="Until the job ends; then end with its status.")] = False,
+) -> None:
+    """Print what a job has written."""
+    from bdkd_dist.launch.jobs import Jobs
+
+    if follow:
+        raise typer.Exit(Jobs(address).follow(job, _write, _say))
+    _write(Jobs(address).log(job))
+
+
+@jobs_app.command("stop")
+def stop_job(job: JobId, address: Address = None) -> None:
+    """Stop a job and wait until it has ended; a training keeps its state, the same submit goes on."""
+    from bdkd_dist.launch.jobs import Jobs
+
+    _say(Jobs(address).stop(job))
 
 
 @app.command()
@@ -108,6 +198,17 @@ def recipes() -> None:
     from bdkd_dist import config
 
     console.print("\n".join(config.recipe_names()), highlight=False)
+
+
+def _write(text: str) -> None:
+    """Pass on a piece of a log as it is."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _say(line: str) -> None:
+    """Speak beside the output, which may go to a file."""
+    Console(stderr=True).print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def _show(table: Table) -> None:
@@ -120,10 +221,11 @@ def _report(folder: "RunFolder") -> None:  # type: ignore[name-defined]  # noqa:
     from bdkd_dist.records.results import read_results, results_table
 
     _show(results_table(read_results(folder.results)))
-    console.print(f"reliability diagram  {folder.figures / 'reliability_test.png'}", highlight=False, soft_wrap=True)
+    diagram = folder.name(folder.figures / "reliability_test.png")
+    console.print(f"reliability diagram  {diagram}", highlight=False, soft_wrap=True)
     command = Path(sys.executable).with_name("tensorboard")
     shown = command.relative_to(Path.cwd()) if command.is_relative_to(Path.cwd()) else command
-    console.print(f"curves               {shown} --logdir {folder.path.parent}", highlight=False, soft_wrap=True)
+    console.print(f"curves               {shown} --logdir {folder.above}", highlight=False, soft_wrap=True)
 
 
 def _report_shift(folder: "RunFolder") -> None:  # type: ignore[name-defined]  # noqa: F821
@@ -133,8 +235,8 @@ def _report_shift(folder: "RunFolder") -> None:  # type: ignore[name-defined]  #
     measured = records.read(path)
     _show(records.severity_table(measured))
     _show(records.corruption_table(measured))
-    console.print(f"under shift          {folder.figures / 'shift.png'}", highlight=False, soft_wrap=True)
-    console.print(f"all figures          {path}", highlight=False, soft_wrap=True)
+    console.print(f"under shift          {folder.name(folder.figures / 'shift.png')}", highlight=False, soft_wrap=True)
+    console.print(f"all figures          {folder.name(path)}", highlight=False, soft_wrap=True)
 
 
 def _report_ood(folder: "RunFolder", source: str) -> None:  # type: ignore[name-defined]  # noqa: F821
@@ -143,7 +245,7 @@ def _report_ood(folder: "RunFolder", source: str) -> None:  # type: ignore[name-
 
     path = records.ood_path(folder.path, shown(source))
     _show(records.ood_table(records.read(path)))
-    console.print(f"all figures          {path}", highlight=False, soft_wrap=True)
+    console.print(f"all figures          {folder.name(path)}", highlight=False, soft_wrap=True)
 
 
 def main() -> None:
@@ -159,7 +261,7 @@ def main() -> None:
         match type(error).__name__:
             case "Interrupted":
                 _fail(f"{error}; go on with: bdkd {shlex.join(sys.argv[1:])}", 130)
-            case "Diverged" | "DataError" | "WorkersLost":
+            case "Diverged" | "DataError" | "Superseded" | "WorkersLost":
                 _fail(str(error), 1)
         raise
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from bdkd_dist.objectives import OBJECTIVES, student_names
 
@@ -192,6 +192,9 @@ class Train(Section):
     epochs: int = Field(ge=1)
     batch_size: int = Field(ge=2)
     """Over all workers; it stays what it is when their number changes."""
+    micro_batch_size: int | None = Field(None, ge=8)
+    """At most so many images on a worker at once: where its share of the batch is larger, gradients add up before the
+    step (batch statistics are then those of the parts). For few workers with little memory."""
     seed: int = Field(0, ge=0, lt=2**63)
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Autocast type of the networks; losses are float32 in any case."""
@@ -199,6 +202,8 @@ class Train(Section):
     """``sync``: statistics over the whole batch, so results do not depend on the number of workers."""
     ema_decay: float | None = Field(None, gt=0, lt=1)
     """Keep a moving average of each student, evaluated beside it as ``student_ema``."""
+    gradient_compression: Literal["none", "bf16"] = "none"
+    """``bf16`` halves what workers send each other: gradients are rounded before they are added up."""
     compile: bool = False
     """``torch.compile`` the networks and the objective."""
     gradient_shares: bool = False
@@ -210,13 +215,46 @@ class Train(Section):
 
 
 class Launch(Section):
-    """Where a run runs."""
+    """Where a run runs, and how long it is waited for."""
 
-    workers: int = Field(1, ge=1)
-    """1 trains in this process; N trains with N DDP workers under Ray Train."""
+    workers: int | tuple[int, int] = 1
+    """1 trains in this process; N trains with N DDP workers under Ray Train; [min, max] with as many of them as the
+    cluster has room for, and with more or fewer when nodes join or leave."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    cpus_per_worker: float = Field(1.0, gt=0)
+    """Claimed from Ray; on a node of its own a worker uses all cores it finds."""
+    gpus_per_worker: float = Field(1.0, gt=0)
+    """Claimed from Ray where workers compute on GPUs."""
+    placement: Literal["pack", "spread"] = "pack"
+    """Workers on as few nodes as possible, or on as many."""
+    bucket_mib: float = Field(25.0, gt=0)
+    """Gradients travel in buckets of this size, while the rest of the backward pass goes on (DDP's bucket_cap_mb)."""
     max_failures: int = Field(3, ge=0)
-    """How often Ray Train starts lost workers again from the last checkpoint."""
+    """How often lost workers start again from the newest checkpoint."""
+    wait_timeout_s: float = Field(1800.0, gt=0)
+    """Give up where the cluster has had no room for the workers for so long; the state is kept."""
+    stall_timeout_s: float = Field(900.0, gt=0)
+    """Start all workers again where none has finished a step for so long; their stacks are shown first."""
+
+    @field_validator("workers", mode="before")
+    @classmethod
+    def _some_workers(cls, workers: Any) -> Any:
+        if isinstance(workers, str) and workers.isdecimal():  # as a command line gives it
+            workers = int(workers)
+        bounds = list(workers) if isinstance(workers, list | tuple) else [workers, workers]
+        if [type(bound) for bound in bounds] != [int, int] or not 1 <= bounds[0] <= bounds[1]:
+            raise ValueError(f"{workers} is not allowed; a number from 1, or [min, max] with 1 <= min <= max")
+        return bounds[0] if bounds[0] == bounds[1] else tuple(bounds)
+
+    @property
+    def min_workers(self) -> int:
+        """Fewer than these do not train."""
+        return self.workers if isinstance(self.workers, int) else self.workers[0]
+
+    @property
+    def max_workers(self) -> int:
+        """More than these are not used."""
+        return self.workers if isinstance(self.workers, int) else self.workers[1]
 
 
 class Run(Section):
@@ -241,7 +279,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> "Recipe":
-        workers, batch = self.launch.workers, self.train.batch_size
+        workers, batch = self.launch.max_workers, self.train.batch_size
         objective, students = self.objective, len(self.models.by_role) - 1
         if not objective.teacher_learns and self.models.teacher_checkpoint is None:
             raise ValueError(

@@ -82,6 +82,11 @@ def rank_batches(order: Indices, batch_size: int, rank: int, world_size: int, fi
     return [batch[_cut(len(batch), rank, world_size) : _cut(len(batch), rank + 1, world_size)] for batch in batches]
 
 
+def largest_share(size: int, world_size: int) -> int:
+    """Return how many samples of a global batch the rank with most of them has."""
+    return max(_cut(size, rank + 1, world_size) - _cut(size, rank, world_size) for rank in range(world_size))
+
+
 def _cut(size: Any, part: Any, parts: int) -> Any:
     """Return where a part of a batch begins, between two pairs of samples; integers or arrays of them."""
     return np.minimum(size, 2 * ((size + 1) // 2 * part // parts))

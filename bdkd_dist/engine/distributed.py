@@ -1,5 +1,6 @@
 """The few things the engine asks of torch.distributed; with one process, without a group, all are no-ops."""
 
+import os
 from collections.abc import Iterable
 from typing import Any
 
@@ -17,6 +18,11 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
+def local_world_size() -> int:
+    """Return how many ranks share this machine: Ray Train and torchrun say so; else all of them."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
+
+
 def mean_(values: torch.Tensor) -> torch.Tensor:
     """Average ``values`` over ranks, in place, and return it."""
     if world_size() > 1:
@@ -25,13 +31,13 @@ def mean_(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
-def any_rank(flag: bool, device: torch.device) -> bool:
-    """Return whether the flag is set on any rank; every rank gets the same answer."""
+def largest(value: int, device: torch.device) -> int:
+    """Return the largest of all ranks' values; every rank gets the same answer."""
     if world_size() == 1:
-        return flag
-    flags = torch.tensor(float(flag), device=device)
-    dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-    return bool(flags.item())
+        return value
+    values = torch.tensor(float(value), device=device)
+    dist.all_reduce(values, op=dist.ReduceOp.MAX)
+    return int(values.item())
 
 
 def broadcast_(tensors: Iterable[torch.Tensor]) -> None:
@@ -39,6 +45,19 @@ def broadcast_(tensors: Iterable[torch.Tensor]) -> None:
     if world_size() > 1:
         for tensor in tensors:
             dist.broadcast(tensor, src=0)
+
+
+def broadcast_bytes(content: bytes, device: torch.device | None = None) -> bytes:
+    """Return rank 0's bytes on every rank; tensors carry them, so nothing is unpickled."""
+    if world_size() == 1:
+        return content
+    size = torch.tensor([len(content)], device=device)
+    dist.broadcast(size, src=0)
+    data = torch.frombuffer(bytearray(content), dtype=torch.uint8) if content else torch.empty(0, dtype=torch.uint8)
+    data = data.to(device) if rank() == 0 else torch.empty(int(size), dtype=torch.uint8, device=device)
+    if len(data):
+        dist.broadcast(data, src=0)
+    return content if rank() == 0 else data.cpu().numpy().tobytes()
 
 
 def gather(value: Any) -> list[Any]:

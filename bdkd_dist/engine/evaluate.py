@@ -1,6 +1,6 @@
 """Evaluation: every sample of a split once over all ranks, all networks on the same images."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,13 +36,22 @@ class Evaluator:
     Args:
         pair: Knows how images are normalised and under which precision networks run.
         networks: By name; may hold more than the pair's own two (a moving average).
+        beat: Told of every batch.
     """
 
-    def __init__(self, pair: Pair, networks: dict[str, nn.Module], num_classes: int, device: torch.device):
+    def __init__(
+        self,
+        pair: Pair,
+        networks: dict[str, nn.Module],
+        num_classes: int,
+        device: torch.device,
+        beat: Callable[[], None] = lambda: None,
+    ):
         self.pair = pair
         self.networks = networks
         self.num_classes = num_classes
         self.device = device
+        self.beat = beat
 
     def diagnose(
         self, loader: Loader, batches: Sequence[np.ndarray]
@@ -93,6 +102,7 @@ class Evaluator:
                     logits = {name: network(pixels).float() for name, network in self.networks.items()}
                 # A batch is only lent until the next one is asked for.
                 yield batch.indices.clone(), batch.labels.clone(), logits
+                self.beat()
         finally:
             for name, network in self.networks.items():
                 network.train(modes[name])

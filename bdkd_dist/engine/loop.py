@@ -7,12 +7,13 @@ Nothing in a step waits for the device: per-step values go into a buffer there a
 import copy
 import inspect
 import time
-from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from bdkd_dist import __version__
@@ -24,6 +25,7 @@ from bdkd_dist.data.mixing import Mixing
 from bdkd_dist.data.order import (
     Indices,
     epoch_order,
+    largest_share,
     num_batches,
     quasi_random_order,
     rank_batches,
@@ -32,6 +34,7 @@ from bdkd_dist.data.order import (
 from bdkd_dist.engine import distributed
 from bdkd_dist.engine.batchnorm import synchronise
 from bdkd_dist.engine.checkpoint import Checkpoints, load_teacher
+from bdkd_dist.engine.control import Control, Wish
 from bdkd_dist.engine.evaluate import Evaluator
 from bdkd_dist.engine.observer import EvalLog, NetworkDiagnosis, Observer, StepLog
 from bdkd_dist.engine.optim import build_optimizer, learning_rate
@@ -47,7 +50,7 @@ SYNC_BUFFERS = "forward_sync_buffers" if "forward_sync_buffers" in _DDP_OPTIONS 
 class Interrupted(Exception):
     """The run was asked to stop; its state is in ``checkpoint``."""
 
-    def __init__(self, step: int, checkpoint: Path):
+    def __init__(self, step: int, checkpoint: str):
         super().__init__(f"stopped after step {step}; checkpoint {checkpoint}")
         self.step = step
         self.checkpoint = checkpoint
@@ -67,7 +70,7 @@ class Trainer:
         device: Where this rank computes.
         checkpoints: Where its state goes; a state found there is gone on from.
         observer: Told what happens, on rank 0.
-        should_stop: Asked between steps; when true the run checkpoints and raises :class:`Interrupted`.
+        control: Told of every step, and asked between steps what is wanted.
 
     Attributes:
         step: Optimiser steps done.
@@ -81,15 +84,11 @@ class Trainer:
         device: torch.device,
         checkpoints: Checkpoints,
         observer: Observer,
-        should_stop: Callable[[], bool] = lambda: False,
+        control: Control | None = None,
     ):
         self.recipe, self.dataset, self.loaders = recipe, dataset, loaders
-        self.device, self.checkpoints, self.observer, self.should_stop = (
-            device,
-            checkpoints,
-            observer,
-            should_stop,
-        )
+        self.device, self.checkpoints, self.observer = device, checkpoints, observer
+        self.control = control or Control()
         self.rank, self.world = distributed.rank(), distributed.world_size()
         images = len(dataset.train.indices)
         if recipe.train.batch_size > images:
@@ -112,22 +111,35 @@ class Trainer:
         self.stat_names: list[str] = []
         self.history = torch.empty(0)
         self._averaged = 0  # so many rows of it are means over ranks already
-        if (state := checkpoints.load_newest()) is not None:
+        if (state := checkpoints.load_newest(device)) is not None:
             self._load(state)
         elif recipe.models.teacher_checkpoint is not None:
-            load_teacher(self.pair.networks["teacher"], Path(recipe.models.teacher_checkpoint).expanduser())
+            teacher = self.pair.networks["teacher"]
+            if self.rank == 0:
+                load_teacher(teacher, recipe.models.teacher_checkpoint)
+            distributed.broadcast_(teacher.state_dict().values())
         self.module: nn.Module = self.pair
+        self.ddp: DistributedDataParallel | None = None
         if self.world > 1:
             # DDP makes the networks equal on all ranks; a user's own may have begun with other numbers on each.
             distributed.broadcast_(t for average in self.averages.values() for t in average.state_dict().values())
             ids = [device.index] if device.type == "cuda" else None
             options: dict[str, Any] = {SYNC_BUFFERS: False}
-            self.module = DistributedDataParallel(self.pair, device_ids=ids, gradient_as_bucket_view=True, **options)
+            self.ddp = DistributedDataParallel(
+                self.pair,
+                device_ids=ids,
+                gradient_as_bucket_view=True,
+                bucket_cap_mb=recipe.launch.bucket_mib,
+                **options,
+            )
+            if recipe.train.gradient_compression == "bf16":
+                self.ddp.register_comm_hook(None, bf16_compress_hook)
+            self.module = self.ddp
         if recipe.train.compile:
             # Inductor fixes the size of images unless all of a convolution's tensors are channels-last.
             layout = {"force_layout_optimization": True} if recipe.data.resize else None
             self.module = torch.compile(self.module, options=layout)  # type: ignore[arg-type, assignment]
-        self.evaluator = Evaluator(self.pair, self.networks, recipe.data.num_classes, device)
+        self.evaluator = Evaluator(self.pair, self.networks, recipe.data.num_classes, device, self.control.beat)
 
     @property
     def networks(self) -> dict[str, nn.Module]:
@@ -138,7 +150,7 @@ class Trainer:
         """Train to the end of the last epoch.
 
         Raises:
-            Interrupted: ``should_stop`` said so; the state is kept.
+            Interrupted: ``control`` wants it to stop; the state is kept.
             Diverged: A loss is not finite; the checkpoint before it is kept.
         """
         self.observer.start(self.step, self.total_steps)
@@ -156,11 +168,14 @@ class Trainer:
             self._train_step(batch)
             if self.step % settings.log_every_steps == 0:
                 self._log()
-            if self._stop_agreed():
-                raise Interrupted(self.step, self._save())
+            self.control.beat()
+            wish = self._agreed_wish()
+            if wish == Wish.STOP:
+                raise Interrupted(self.step, self.checkpoints.name(self._save()))
             every = settings.checkpoint_every_steps
+            due = wish == Wish.CHECKPOINT or (every and self.step % every == 0)
             # The last step of an epoch is kept after its evaluation, so that going on does not evaluate twice.
-            if every and self.step % every == 0 and self.step_in_epoch < self.steps_per_epoch:
+            if due and self.step_in_epoch < self.steps_per_epoch:
                 self._save()
 
     def _order(self) -> Indices:
@@ -190,9 +205,14 @@ class Trainer:
         # Dropout draws from (seed, step, rank), so no generator's state has to be kept.
         torch.manual_seed(hash((train.seed, self.step, self.rank)) % 2**63)
         images, targets = self._on_device(batch)
-        loss, losses = self.module(images, targets)
-        weight = self._weight(len(targets))
-        self.scaler.scale(loss if weight == 1 else loss * weight).backward()
+        sizes = self._micro_batches(len(targets))
+        parts = zip(images.split(sizes), targets.split(sizes), strict=True)
+        for number, (some_images, some_targets) in enumerate(parts, 1):
+            with nullcontext() if number == len(sizes) else self._without_exchange():
+                loss, losses = self.module(some_images, some_targets)
+                weight = self._weight(len(some_targets))
+                self.scaler.scale(loss if weight == 1 else loss * weight).backward()
+            self._remember(losses, weight, first=number == 1)
         if (norm := self.recipe.optimizer.clip_grad_norm) is not None:
             self.scaler.unscale_(optimizer)
             for group in optimizer.param_groups:
@@ -201,17 +221,28 @@ class Trainer:
         self.scaler.update()
         optimizer.zero_grad(set_to_none=True)
         self._update_ema()
-        self._remember(losses, weight)
         self.step += 1
         self.step_in_epoch += 1
 
     def _weight(self, samples: int) -> float:
-        """Return what makes the mean over ranks of their means that over the global batch, of unequal shares too."""
-        if self.world == 1:
-            return 1.0
+        """Return what makes the sum of micro-batches' means, averaged over ranks, the mean over the global batch."""
+        return samples * self.world / self._global_batch()
+
+    def _global_batch(self) -> int:
+        """Return the number of samples of this step's batch, over all ranks."""
         larger = len(self.dataset.train) % self.steps_per_epoch
-        whole = len(self.dataset.train) // self.steps_per_epoch + (self.step_in_epoch < larger)
-        return samples * self.world / whole
+        return len(self.dataset.train) // self.steps_per_epoch + (self.step_in_epoch < larger)
+
+    def _micro_batches(self, samples: int) -> list[int]:
+        """Return the sizes in which this rank takes its samples: as many on every rank, for they exchange in each."""
+        if (limit := self.recipe.train.micro_batch_size) is None:
+            return [samples]
+        count = -(-largest_share(self._global_batch(), self.world) // limit)
+        return [samples // count + (number < samples % count) for number in range(count)]
+
+    def _without_exchange(self) -> AbstractContextManager[Any]:
+        """Return the context in which gradients only add up on this rank."""
+        return self.ddp.no_sync() if self.ddp is not None else nullcontext()
 
     def _learning_rate(self) -> float:
         return learning_rate(
@@ -233,8 +264,8 @@ class Trainer:
             for mean, value in zip(average.buffers(), student.buffers(), strict=True):
                 mean.copy_(value)
 
-    def _remember(self, losses: Losses, weight: float) -> None:
-        """Keep this step's values on the device until the next log."""
+    def _remember(self, losses: Losses, weight: float, first: bool) -> None:
+        """Keep this step's values on the device until the next log; those of its micro-batches add up."""
         values = losses.diagnostics
         if not self.stat_names:
             self.stat_names = list(values)
@@ -242,7 +273,8 @@ class Trainer:
             self.history = torch.zeros(
                 self.recipe.train.log_every_steps, len(values), dtype=torch.float64, device=self.device
             )
-        self.history[self.step % len(self.history)] = weight * torch.stack([v.double() for v in values.values()])
+        row = self.history[self.step % len(self.history)]
+        row.copy_(weight * torch.stack([v.double() for v in values.values()]) + (0 if first else row))
 
     def _read_history(self, steps: int) -> Tensor:
         """Return the last ``steps`` rows, averaged over ranks, on the CPU; stops the run where one is not finite."""
@@ -257,7 +289,8 @@ class Trainer:
             first = self.step - steps + row + 1
             said = ", ".join(f"{self.stat_names[c].removesuffix('/loss')} {float(rows[row, c]):g}" for c in losses)
             kept = self.checkpoints.paths()
-            back = f"the checkpoint before it is {kept[-1]}" if kept else "there is no checkpoint before it"
+            name = self.checkpoints.name(kept[-1]) if kept else ""
+            back = f"the checkpoint before it is {name}" if kept else "there is no checkpoint before it"
             raise Diverged(
                 f"the loss is not finite at step {first} ({said}); {back}; "
                 "train again under another run.name with a lower optimizer.lr or with optimizer.clip_grad_norm"
@@ -289,13 +322,11 @@ class Trainer:
             )
         )
 
-    def _stop_agreed(self) -> bool:
-        """Whether to stop now. Several ranks ask each other only where they wait for each other anyway."""
-        if self.world == 1:
-            return self.should_stop()
-        if self.device.type != "cpu" and self.step % self.recipe.train.log_every_steps:
-            return False
-        return distributed.any_rank(self.should_stop(), self.device)
+    def _agreed_wish(self) -> Wish:
+        """Return what to do now. Several ranks ask each other only where they wait for each other anyway."""
+        if self.world > 1 and self.device.type != "cpu" and self.step % self.recipe.train.log_every_steps:
+            return Wish.GO_ON
+        return Wish(distributed.largest(self.control.wish(), self.device))
 
     def _end_epoch(self) -> None:
         self._read_pending()
@@ -347,7 +378,7 @@ class Trainer:
     def _load(self, state: dict[str, Any]) -> None:
         if state["data_fingerprint"] != self.dataset.fingerprint:
             raise UserError(
-                f"{self.checkpoints.folder} was trained on other data (fingerprint "
+                f"{self.checkpoints.name(self.checkpoints.folder)} was trained on other data (fingerprint "
                 f"{state['data_fingerprint'][:12]}, now {self.dataset.fingerprint[:12]}); choose another run.name"
             )
         self.step, self.epoch, self.step_in_epoch = state["step"], state["epoch"], state["step_in_epoch"]

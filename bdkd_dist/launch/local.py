@@ -10,18 +10,19 @@ from types import FrameType
 import torch
 
 from bdkd_dist.config import Recipe
+from bdkd_dist.engine.control import Control, Wish
 from bdkd_dist.engine.observer import Observer
 from bdkd_dist.launch.run_folder import RunFolder
 from bdkd_dist.launch.worker import work
 
 
 def train(recipe: Recipe, folder: RunFolder, progress: Observer, warn: Callable[[str], None]) -> None:
-    """Train in this process; Ctrl-C once finishes the step and checkpoints. See :func:`work` for what it raises."""
+    """Train in this process; Ctrl-C or SIGTERM finishes the step and checkpoints. :func:`work` says what it raises."""
     device = torch.device("cuda" if wants_cuda(recipe) else "cpu")
-    with stop_on_sigint(warn) as should_stop:
+    with stop_on_signal(warn) as pressed:
 
         def worker() -> None:
-            work(recipe, folder, device, progress, should_stop, warn)
+            work(recipe, folder, device, progress, _Pressed(pressed), warn)
 
         if importlib.util.find_spec("ray") is None:
             worker()
@@ -35,24 +36,40 @@ def train(recipe: Recipe, folder: RunFolder, progress: Observer, warn: Callable[
 
 def wants_cuda(recipe: Recipe) -> bool:
     """Whether the recipe's workers compute on GPUs here."""
-    enough = torch.cuda.device_count() >= recipe.launch.workers
+    enough = torch.cuda.device_count() >= recipe.launch.max_workers
     return recipe.launch.device == "cuda" or (recipe.launch.device == "auto" and enough)
 
 
+class _Pressed(Control):
+    """Wants the run to stop once a signal came."""
+
+    def __init__(self, pressed: Callable[[], bool]):
+        self.pressed = pressed
+
+    def wish(self) -> Wish:
+        """See :meth:`Control.wish`."""
+        return Wish.STOP if self.pressed() else Wish.GO_ON
+
+
 @contextmanager
-def stop_on_sigint(warn: Callable[[str], None]) -> Iterator[Callable[[], bool]]:
-    """Yield a question whether Ctrl-C was pressed; pressed a second time it interrupts at once."""
+def stop_on_signal(warn: Callable[[str], None]) -> Iterator[Callable[[], bool]]:
+    """Yield a question whether Ctrl-C was pressed or SIGTERM came; a second Ctrl-C interrupts at once.
+
+    SIGTERM is how a job, a container or a batch system is asked to end.
+    """
     pressed = False
 
     def handler(signum: int, frame: FrameType | None) -> None:
         nonlocal pressed
-        if pressed:
+        if pressed and signum == signal.SIGINT:
             raise KeyboardInterrupt
+        if not pressed:
+            warn("stopping with a checkpoint; Ctrl-C again stops at once and loses what follows the last one")
         pressed = True
-        warn("stopping with a checkpoint; Ctrl-C again stops at once and loses what follows the last one")
 
-    before = signal.signal(signal.SIGINT, handler)
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield lambda: pressed
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, former in before.items():
+            signal.signal(number, former)

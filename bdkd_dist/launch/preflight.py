@@ -14,33 +14,42 @@ from bdkd_dist.data import jpeg
 from bdkd_dist.data.sources.storage import has_secret, shown
 from bdkd_dist.engine.checkpoint import KEPT, load_teacher
 from bdkd_dist.errors import UserError
-from bdkd_dist.launch.run_folder import RunFolder
+from bdkd_dist.launch.run_folder import RunFolder, temporary
 
 RECORDS_BYTES = 64 * 2**20
 """Room for TensorBoard, figures and predictions of a run of usual length."""
 
 
-def check(recipe: Recipe, folder: RunFolder) -> None:
-    """Raise UserError for what this machine lacks for the recipe, whose run is or will be in the folder."""
+def check(recipe: Recipe, folder: RunFolder, on_cluster: bool = False) -> None:
+    """Raise UserError for what this machine lacks for the recipe, whose run is or will be in the folder.
+
+    On a cluster this machine need not have the workers' devices.
+    """
     if recipe.data.loader == "ffcv" and not jpeg.available() and importlib.util.find_spec("ffcv") is None:
         raise UserError(
             "data.loader=ffcv: the native decoder is not built here, and FFCV is not installed "
             "(`bdkd doctor` says how); data.loader=torch gives the same batches"
         )
-    if recipe.data.root is not None and has_secret(recipe.data.root):
-        raise UserError(
-            f"data.root={shown(recipe.data.root)} holds a secret key, which the run's recipe.yaml would keep; "
-            "give it by the environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY)"
-        )
-    _check_device(recipe)
+    for key, place in {
+        "data.root": recipe.data.root,
+        "run.storage": recipe.run.storage,
+        "models.teacher_checkpoint": recipe.models.teacher_checkpoint,
+    }.items():
+        if place is not None and has_secret(place):
+            raise UserError(
+                f"{key}={shown(place)} holds a secret key, which the run's recipe.yaml would keep; "
+                "give it by the environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY)"
+            )
+    if not on_cluster:
+        _check_device(recipe)
     networks = {role: _network(recipe, role) for role in recipe.models.by_role}
     if recipe.models.teacher_checkpoint is not None and not folder.begun:
-        _check_teacher(networks["teacher"], Path(recipe.models.teacher_checkpoint).expanduser())
-    _check_room(recipe, networks)
+        _check_teacher(networks["teacher"], recipe.models.teacher_checkpoint)
+    _check_room(recipe, folder, networks)
 
 
 def _check_device(recipe: Recipe) -> None:
-    workers, device = recipe.launch.workers, recipe.launch.device
+    workers, device = recipe.launch.max_workers, recipe.launch.device
     gpus = torch.cuda.device_count()
     if device == "cuda" and gpus < workers:
         raise UserError(
@@ -68,26 +77,26 @@ def _network(recipe: Recipe, role: str) -> nn.Module:
     return network
 
 
-def _check_teacher(network: nn.Module, path: Path) -> None:
+def _check_teacher(network: nn.Module, where: str) -> None:
     """Raise UserError unless a finished teacher of this shape is there."""
-    if (path / "checkpoints").is_dir() and not RunFolder(path).finished:
-        raise UserError(f"models.teacher_checkpoint={path}: that run is not finished")
-    load_teacher(network, path)
+    if (run := RunFolder(where)).begun and not run.finished:
+        raise UserError(f"models.teacher_checkpoint={run}: that run is not finished")
+    load_teacher(network, where)
 
 
-def _check_room(recipe: Recipe, networks: dict[str, nn.Module]) -> None:
+def _check_room(recipe: Recipe, run: RunFolder, networks: dict[str, nn.Module]) -> None:
     # Weights, momentum and averages in float32; one checkpoint more than are kept while the next is written.
     copies = {role: 3 if recipe.train.ema_decay and role != "teacher" else 2 for role in networks}
     state_bytes = sum(4 * copies[role] * models.num_parameters(network) for role, network in networks.items())
     needed = state_bytes * (KEPT + 1) + RECORDS_BYTES
-    folder = Path(recipe.run.storage).expanduser().absolute()
+    folder = temporary() if run.is_remote else Path(run.where)
     while not folder.exists():
         folder = folder.parent
     if not os.access(folder, os.W_OK):
-        raise UserError(f"run.storage={recipe.run.storage}: {folder} is not writable")
+        raise UserError(f"run.storage={shown(recipe.run.storage)}: {folder} is not writable")
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise UserError(
-            f"run.storage={recipe.run.storage}: the run needs {needed / 2**20:,.0f} MiB, "
-            f"{folder} has {free / 2**20:,.0f} MiB free"
+            f"run.storage={shown(recipe.run.storage)}: the run needs {needed / 2**20:,.0f} MiB, "
+            f"{folder}{', where it is worked on,' if run.is_remote else ''} has {free / 2**20:,.0f} MiB free"
         )

@@ -4,12 +4,10 @@ A task whose worker dies is started again by Ray. What it had half written has a
 worker that still lives somewhere does no harm.
 """
 
-import logging
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from threading import Event
 from typing import Any
 
@@ -18,12 +16,12 @@ import ray
 from bdkd_dist.data.converting import BrokenImage, Converted, Task, Tell, convert
 from bdkd_dist.data.prepare import ConvertAll
 from bdkd_dist.errors import UserError, first_line
+from bdkd_dist.launch import cluster
 
 MAX_RETRIES = 3
 """How often a piece is begun again whose worker died."""
 AHEAD = 4
 """So many batches of images are read before they are written."""
-CONNECT_WITHIN_S = 10.0
 VISIBLE_WITHIN_S = 15.0
 """Network file systems show a new file to other nodes after some seconds."""
 
@@ -38,34 +36,10 @@ def on_ray(address: str) -> ConvertAll:
     def convert_all(tasks: Sequence[Task], tell: Tell) -> list[Converted]:
         if not tasks:
             return []
-        with _cluster(address):
+        with cluster.connected(address):
             return _gather(tasks, tell)
 
     return convert_all
-
-
-@contextmanager
-def _cluster(address: str) -> Iterator[None]:
-    try:
-        if address not in ("auto", "local"):
-            _knock(address)
-        own = {"include_dashboard": False} if address == "local" else {}
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **own)
-    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: a cluster of other versions
-        raise UserError(
-            f"--address {address}: no Ray cluster that fits answers ({first_line(error)}); "
-            "give auto, HOST:PORT or local"
-        ) from None
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
-def _knock(address: str) -> None:
-    """See that somebody listens: Ray itself would try for minutes."""
-    host, _, port = address.rpartition(":")
-    socket.create_connection((host, int(port)), timeout=CONNECT_WITHIN_S).close()
 
 
 def _gather(tasks: Sequence[Task], tell: Tell) -> list[Converted]:

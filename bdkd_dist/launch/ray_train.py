@@ -1,85 +1,38 @@
-"""A run on several workers of this machine: DDP under Ray Train's TorchTrainer.
+"""A run on the workers of a Ray cluster: DDP under Ray Train's TorchTrainer.
 
 Checkpoints are the engine's own, in the run folder: a restarted worker group goes on from the newest of them, so
 nothing depends on when Ray registers a checkpoint. Lost workers are started again; an exception in the training itself
 would come again, so it is told and ends the run.
 """
 
+import getpass
 import os
 import pickle
+import tempfile
 import threading
 import time
-import traceback
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import ray
-import torch
-from ray.exceptions import RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback, WorkerGroupError
-from ray.train.torch import TorchConfig, TorchTrainer, get_device
+from ray.train.torch import TorchConfig, TorchTrainer
 
-from bdkd_dist import config
 from bdkd_dist.config import Recipe
-from bdkd_dist.data.loader import DataError
-from bdkd_dist.engine import distributed
-from bdkd_dist.engine.loop import Diverged, Interrupted
-from bdkd_dist.engine.observer import EvalLog, Observer, StepLog
-from bdkd_dist.errors import UserError, first_line
-from bdkd_dist.launch.local import stop_on_sigint, wants_cuda
+from bdkd_dist.engine.observer import Observer
+from bdkd_dist.errors import first_line
+from bdkd_dist.launch import cluster
+from bdkd_dist.launch.local import stop_on_signal, wants_cuda
+from bdkd_dist.launch.ray_worker import ENDS, ENDS_OF_ONE_RANK, is_loss, ray_worker
 from bdkd_dist.launch.relay import Relay
-from bdkd_dist.launch.run_folder import RunFolder
-from bdkd_dist.launch.worker import work
+from bdkd_dist.launch.vigil import Vigil, WorkersLost
 
 POLL_S = 0.25
-
-
-class WorkersLost(RuntimeError):
-    """Workers died more often than they may be started again."""
-
-
-class Broken(RuntimeError):
-    """An exception of the training itself on one rank: says which rank, and its trace."""
-
-
-ENDS = {
-    "finished": None,
-    "interrupted": Interrupted,
-    "diverged": Diverged,
-    "mistaken": UserError,
-    "damaged": DataError,
-    "broken": Broken,
-}
-"""How a rank says that it ended, and what the driver raises."""
-ENDS_OF_ONE_RANK = ("mistaken", "damaged", "broken")
-"""Where one rank ends so, the others wait for it in vain."""
-
-
-class RelayedProgress:
-    """An observer whose calls reach the driver's."""
-
-    def __init__(self, tell: Callable[..., None]):
-        self.tell = tell
-
-    def start(self, step: int, total_steps: int) -> None:
-        """See :meth:`Observer.start`."""
-        self.tell("start", step, total_steps)
-
-    def stepped(self, log: StepLog) -> None:
-        """See :meth:`Observer.stepped`."""
-        self.tell("stepped", log)
-
-    def evaluated(self, log: EvalLog) -> None:
-        """See :meth:`Observer.evaluated`."""
-        self.tell("evaluated", replace(log, entropies={}))  # for figures, which are drawn here
-
-    def flush(self) -> None:
-        """See :meth:`Observer.flush`."""
-
-    def close(self) -> None:
-        """See :meth:`Observer.close`; the driver closes its own."""
+RESIZE_EVERY_S = 30.0
+"""How often an elastic run looks whether there is room for more workers."""
+START_TIMEOUT_S = 30
+"""How long Ray holds on to places that it has asked for; then it looks again at what the cluster has."""
 
 
 class Restarts(UserCallback):
@@ -87,58 +40,81 @@ class Restarts(UserCallback):
 
     def __init__(self, relay: Any, max_failures: int):
         self.relay, self.max_failures, self.failures = relay, max_failures, 0
+        self._taken_away: set[str] = set()
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         """See :class:`UserCallback`."""
+        ray.get(self.relay.forget_workers.remote())
+        if taken := {str(error) for error in worker_exceptions.values() if _was_taken_away(error)}:
+            # Ray Train comes back with the same exceptions until the announced time is over, and counts none of them.
+            if not taken <= self._taken_away:
+                self._warn("a node was taken away; all workers start again from the newest checkpoint")
+            self._taken_away |= taken
+            return
         self.failures += 1
         if self.failures <= self.max_failures:
-            line = (
+            self._warn(
                 f"{_lost(worker_exceptions)}; all workers start again from the newest checkpoint "
                 f"(restart {self.failures} of at most {self.max_failures})"
             )
-            ray.get(self.relay.tell.remote("warn", pickle.dumps((line,))))
+
+    def _warn(self, line: str) -> None:
+        ray.get(self.relay.tell.remote("warn", pickle.dumps((line,))))
 
 
-def train(recipe: Recipe, folder: RunFolder, progress: Observer, warn: Callable[[str], None]) -> None:
-    """Train with ``launch.workers`` DDP workers on this machine. See :func:`work` for what it raises."""
-    cuda = wants_cuda(recipe)
-    workers = recipe.launch.workers
-    # More workers than cores may share them: they are asked for by name, so they get them.
-    ray.init(
-        address="local",
-        num_cpus=max(workers, os.cpu_count() or 1),
-        include_dashboard=False,
-        log_to_driver=False,
-    )
-    try:
-        relay = ray.remote(num_cpus=0)(Relay).remote()
+def train(recipe: Recipe, progress: Observer, warn: Callable[[str], None], address: str | None = None) -> None:
+    """Train with ``launch.workers`` DDP workers. See :func:`work` for what it raises.
+
+    Args:
+        recipe: What to train.
+        progress: Shows the run to a person.
+        warn: Says one line to the person.
+        address: Of the cluster; without one, of this machine alone, for this run.
+
+    Raises:
+        WorkersLost: Workers died too often, or there was no room for them for too long; the state is kept.
+    """
+    launch = recipe.launch
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(START_TIMEOUT_S))
+    # More workers than this machine has cores may share them: they are asked for by name, so they get them.
+    cpus = max(os.cpu_count() or 1, round(launch.max_workers * launch.cpus_per_worker))
+    with cluster.connected(address or "local", cpus):
+        cuda = wants_cuda(recipe) if address is None else _has_gpus(recipe)
+        resources = {"CPU": launch.cpus_per_worker} | ({"GPU": launch.gpus_per_worker} if cuda else {})
+        relay = ray.remote(Relay).options(num_cpus=0, scheduling_strategy=cluster.here()).remote()
         trainer = TorchTrainer(
-            _worker,
-            train_loop_config={
-                "recipe": _with_absolute_paths(recipe).to_dict(),
-                "folder": folder.path.absolute(),
-                "relay": relay,
-            },
+            ray_worker,
+            train_loop_config={"recipe": _with_absolute_paths(recipe).to_dict(), "relay": relay},
             torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if cuda else "gloo"),
-            scaling_config=ScalingConfig(num_workers=workers, use_gpu=cuda, resources_per_worker={"CPU": 1}),
+            scaling_config=ScalingConfig(
+                num_workers=launch.workers,
+                use_gpu=cuda,
+                resources_per_worker=resources,
+                placement_strategy=launch.placement.upper(),
+                elastic_resize_monitor_interval_s=RESIZE_EVERY_S,
+            ),
             run_config=RunConfig(
                 name=recipe.run.name,
-                storage_path=str(folder.path.absolute() / "ray"),
-                failure_config=FailureConfig(max_failures=recipe.launch.max_failures),
-                callbacks=[Restarts(relay, recipe.launch.max_failures)],
+                storage_path=str(_scratch()),
+                failure_config=FailureConfig(max_failures=launch.max_failures),
+                callbacks=[Restarts(relay, launch.max_failures)],
             ),
         )
-        _raise(_fit(trainer, relay, progress, warn))
-    except WorkerGroupError as error:
-        raise WorkersLost(
-            f"launch.max_failures={recipe.launch.max_failures}: {_lost(error.worker_failures)} and no restart is left; "
-            "the state is kept, the same command goes on"
-        ) from None
-    finally:
-        ray.shutdown()
+        try:
+            method, arguments = _fit(trainer, relay, Vigil(relay, launch, resources, warn), progress, warn)
+        except WorkerGroupError as error:
+            raise WorkersLost(
+                f"launch.max_failures={launch.max_failures}: {_lost(error.worker_failures)} and no restart is left; "
+                "the state is kept, the same command goes on"
+            ) from None
+    assert method in ENDS, "Ray Train ended without an error and rank 0 did not say how"
+    if (kind := ENDS[method]) is not None:
+        raise kind(*arguments)
 
 
-def _fit(trainer: Any, relay: Any, progress: Observer, warn: Callable[[str], None]) -> tuple[str, tuple[Any, ...]]:
+def _fit(
+    trainer: Any, relay: Any, vigil: Vigil, progress: Observer, warn: Callable[[str], None]
+) -> tuple[str, tuple[Any, ...]]:
     """Run the trainer beside a loop that shows what the relay brings; return how rank 0 ended."""
     failure: list[BaseException] = []
 
@@ -151,7 +127,7 @@ def _fit(trainer: Any, relay: Any, progress: Observer, warn: Callable[[str], Non
     # Ray takes SIGINT for itself when fit() runs in the main thread, and aborts without a checkpoint.
     thread = threading.Thread(target=fit, daemon=True)
     outcome: tuple[str, tuple[Any, ...]] = ("", ())
-    with stop_on_sigint(warn) as pressed:
+    with stop_on_signal(warn) as pressed:
         thread.start()
         asked = False
         while True:
@@ -169,29 +145,36 @@ def _fit(trainer: Any, relay: Any, progress: Observer, warn: Callable[[str], Non
                 asked = True
             if not alive or outcome[0] in ENDS_OF_ONE_RANK:
                 break
+            if not outcome[0]:
+                vigil.look()
+                if asked and vigil.waiting:  # there is nobody who could stop with a checkpoint
+                    raise KeyboardInterrupt
             time.sleep(POLL_S)
     if failure and outcome[0] not in ENDS_OF_ONE_RANK:
         raise failure[0]
     return outcome
 
 
-def _raise(outcome: tuple[str, tuple[Any, ...]]) -> None:
-    method, arguments = outcome
-    assert method in ENDS, "Ray Train ended without an error and rank 0 did not say how"
-    if (kind := ENDS[method]) is not None:
-        raise kind(*arguments)
+def _has_gpus(recipe: Recipe) -> bool:
+    """Whether the recipe's workers compute on GPUs of the cluster; of one that grows they are asked for by name."""
+    launch = recipe.launch
+    there = ray.cluster_resources().get("GPU", 0) >= launch.min_workers * launch.gpus_per_worker
+    return launch.device == "cuda" or (launch.device == "auto" and there)
 
 
-def _is_loss(error: Exception) -> bool:
-    """Whether a rank's exception speaks of a device or another rank that was lost, and may be there after a restart."""
-    kinds = (torch.distributed.DistError, torch.AcceleratorError, RayError)
-    gloo = isinstance(error, RuntimeError) and "/gloo/" in str(error)  # names its source file, has no class of its own
-    return gloo or isinstance(error, kinds)
+def _scratch() -> Path:
+    """Return where Ray Train keeps its own notes, on the driver's node: the run's state is kept by the engine."""
+    return Path(tempfile.gettempdir(), f"bdkd-dist-{getpass.getuser()}", "ray")
+
+
+def _was_taken_away(error: Exception) -> bool:
+    """Whether a worker's node went as it had announced."""
+    return getattr(getattr(error, "health_check_failure", error), "preempted", False)
 
 
 def _lost(worker_exceptions: dict[int, Exception]) -> str:
     """Say which workers were lost, apart from those that only miss them."""
-    ranks = sorted(rank for rank, error in worker_exceptions.items() if not _is_loss(error))
+    ranks = sorted(rank for rank, error in worker_exceptions.items() if not is_loss(error))
     if ranks:
         return f"lost the worker of rank {', '.join(map(str, ranks))}"
     return f"lost the connection between workers ({first_line(next(iter(worker_exceptions.values())))})"
@@ -204,51 +187,16 @@ def _with_absolute_paths(recipe: Recipe) -> Recipe:
         places["root"] = str(Path(recipe.data.root).expanduser().absolute())
     if recipe.data.stage_folder is not None:
         places["stage_folder"] = str(Path(recipe.data.stage_folder).expanduser().absolute())
+    storage = {}
+    if "://" not in recipe.run.storage:
+        storage["storage"] = str(Path(recipe.run.storage).expanduser().absolute())
     networks = {}
-    if recipe.models.teacher_checkpoint is not None:
+    if recipe.models.teacher_checkpoint is not None and "://" not in recipe.models.teacher_checkpoint:
         networks["teacher_checkpoint"] = str(Path(recipe.models.teacher_checkpoint).expanduser().absolute())
     return recipe.model_copy(
         update={
+            "run": recipe.run.model_copy(update=storage),
             "data": recipe.data.model_copy(update=places),
             "models": recipe.models.model_copy(update=networks),
         }
     )
-
-
-def _worker(settings: dict[str, Any]) -> None:
-    """One Ray Train worker. Ends that a restart cannot mend are told, not raised: Ray would try again."""
-    recipe, relay = config.from_dict(settings["recipe"]), settings["relay"]
-
-    def tell(method: str, *arguments: Any) -> None:
-        ray.get(relay.tell.remote(method, pickle.dumps(arguments)))
-
-    def tell_once(method: str, *arguments: Any) -> None:
-        if distributed.rank() == 0:
-            tell(method, *arguments)
-
-    def should_stop() -> bool:
-        return distributed.rank() == 0 and ray.get(relay.stop_requested.remote())
-
-    try:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // distributed.world_size()))
-        work(
-            recipe,
-            RunFolder(settings["folder"]),
-            get_device(),
-            RelayedProgress(tell),
-            should_stop,
-            lambda line: tell_once("warn", line),
-        )
-        tell_once("finished")
-    except Interrupted as stop:
-        tell_once("interrupted", stop.step, stop.checkpoint)
-    except Diverged as error:
-        tell_once("diverged", str(error))
-    except UserError as error:
-        tell("mistaken", str(error))
-    except DataError as error:
-        tell("damaged", str(error))
-    except Exception as error:
-        if _is_loss(error):
-            raise
-        tell("broken", f"rank {distributed.rank()} failed\n{traceback.format_exc()}")

@@ -1,6 +1,6 @@
 """Train a recipe, or evaluate a run: the command lines without the command line."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,8 @@ from bdkd_dist.data.foreign import prepare_foreign
 from bdkd_dist.data.loader import chosen
 from bdkd_dist.data.order import num_batches
 from bdkd_dist.data.prepared import verify
-from bdkd_dist.engine.checkpoint import Checkpoints, load
+from bdkd_dist.data.sources.storage import Place, is_uri
+from bdkd_dist.engine.checkpoint import KEPT, Checkpoints, load
 from bdkd_dist.engine.loop import Trainer
 from bdkd_dist.engine.observer import Observers
 from bdkd_dist.errors import UserError
@@ -27,8 +28,13 @@ from bdkd_dist.records.files import atomic_write
 from bdkd_dist.records.progress import Progress
 
 
-def train(recipe: Recipe, console: Console) -> RunFolder:
+def train(recipe: Recipe, console: Console, address: str | None = None) -> RunFolder:
     """Train the recipe to its end, going on from a checkpoint where its run folder holds one.
+
+    Args:
+        recipe: What to train.
+        console: Where progress goes.
+        address: Of the Ray cluster whose nodes train; without one this machine does.
 
     Raises:
         UserError: Something that the user can mend, found before any work.
@@ -36,41 +42,45 @@ def train(recipe: Recipe, console: Console) -> RunFolder:
         Diverged: A loss is not finite.
     """
     folder = RunFolder.of(recipe)
-    preflight.check(recipe, folder)
-    with folder.locked():
+    preflight.check(recipe, folder, on_cluster=address is not None)
+    warn = lambda line: console.print(line, style="yellow", highlight=False, markup=False, soft_wrap=True)  # noqa: E731
+    with folder.locked(warn):
         folder.check_owner(recipe)
         if folder.finished:
-            console.print(f"{folder.path} is finished; to train again choose another run.name or delete it")
+            console.print(f"{folder} is finished; to train again choose another run.name or delete it", soft_wrap=True)
+            folder.fetch("results.json", say=warn)
             return folder
         dataset = prepared(recipe.data, console)
         check_fits(recipe, dataset)
+        folder.fetch("environment.json", say=warn)
         atomic_write(folder.recipe, recipe.to_yaml().encode())
         write_environment(folder.environment)
+        folder.push(folder.recipe, folder.environment, say=warn)
         _, *students = recipe.models.by_role.values()
         console.print(
             f"training {recipe.models.teacher} → {' + '.join(students)} with {recipe.objective.name} on "
             f"{len(dataset.train.indices):,} images ({len(dataset.validation.indices):,} validation, "
-            f"{len(dataset.test.indices):,} test), {recipe.launch.workers} worker(s), "
-            f"loader {chosen(recipe.data.loader)}, in {folder.path}",
+            f"{len(dataset.test.indices):,} test), {workers(recipe)} worker(s), "
+            f"loader {chosen(recipe.data.loader)}, in {folder}",
             highlight=False,
             soft_wrap=True,
         )
         progress = Progress(recipe.train.epochs, console)
-        warn = lambda line: console.print(line, style="yellow", highlight=False, markup=False, soft_wrap=True)  # noqa: E731
         try:
-            if recipe.launch.workers == 1:
+            if address is None and recipe.launch.max_workers == 1:
                 local.train(recipe, folder, progress, warn)
             else:
                 from bdkd_dist.launch import ray_train
 
-                ray_train.train(recipe, folder, progress, warn)
+                ray_train.train(recipe, progress, warn, address)
         finally:
             progress.close()
+        folder.fetch("results.json", say=warn)
     return folder
 
 
 def evaluate(
-    run: Path, overrides: Sequence[str], console: Console, shift: bool = False, ood: str | None = None
+    run: str, overrides: Sequence[str], console: Console, shift: bool = False, ood: str | None = None
 ) -> RunFolder:
     """Evaluate a run's newest checkpoint, or the checkpoint given; write results, figures and predictions.
 
@@ -78,7 +88,7 @@ def evaluate(
     ``evaluations/step-…`` of the run folder, so that the run can go on.
 
     Args:
-        run: A run folder or a file in its ``checkpoints``.
+        run: Path or URI of a run folder or of a file in its ``checkpoints``.
         overrides: For this evaluation alone, e.g. ``data.root=…`` where the images lie elsewhere now.
         console: Where progress goes.
         shift: Measure under corruptions of the test images too.
@@ -89,14 +99,16 @@ def evaluate(
     """
     from bdkd_dist.launch.shift import record_ood, record_shift  # imports torchvision, which training may not need
 
-    run = run.resolve()
-    folder = RunFolder(run.parent.parent if run.is_file() else run)
+    folder, chosen_one = _found(run)
     recipe = _overridden(folder.read_recipe(), overrides)
     recipe = recipe.model_copy(update={"launch": recipe.launch.model_copy(update={"workers": 1})})
     preflight.check(recipe, folder)
-    checkpoints = _Only(run) if run.is_file() else Checkpoints(folder.checkpoints)
-    if not checkpoints.paths():
-        raise UserError(f"{folder.path} holds no checkpoint yet")
+    names = [chosen_one] if chosen_one else folder.kept()[-KEPT:]
+    if not names:
+        raise UserError(f"{folder} holds no checkpoint yet")
+    folder.fetch(*(f"checkpoints/{name}" for name in names))
+    where = folder.checkpoints
+    checkpoints = _Only(where / chosen_one, folder.name) if chosen_one else Checkpoints(where, name=folder.name)
     with preparing(console) as show:
         dataset = load_dataset(recipe.data, show)
         other = None if ood is None else (ood, prepare_foreign(ood, recipe.data, show))
@@ -106,13 +118,24 @@ def evaluate(
         loaders = worker.open_loaders(recipe, dataset, device, stack)
         trainer = Trainer(recipe, dataset, loaders, device, checkpoints, Observers())
         last = folder.finished and trainer.epoch == recipe.train.epochs
-        target = folder if last else RunFolder(folder.path / "evaluations" / f"step-{trainer.step:08d}")
+        target = folder if last else folder / f"evaluations/step-{trainer.step:08d}"
         worker.finish(trainer, target)
         if shift:
             record_shift(trainer, target, console)
         if other is not None:
             record_ood(trainer, *other, target)
+        if shift or other is not None:
+            target.push(target.figures, *sorted(target.path.glob("*.json")))
     return target
+
+
+def _found(run: str) -> tuple[RunFolder, str | None]:
+    """Return the run folder, and the name of the checkpoint where a user names that."""
+    if not is_uri(run):
+        path = Path(run).resolve()
+        return (RunFolder(path.parent.parent), path.name) if path.is_file() else (RunFolder(path), None)
+    place = Place.of(run, "RUN")
+    return (RunFolder(place.parent.parent.root), place.name) if place.exists("") else (RunFolder(run), None)
 
 
 def prepared(data: Data, console: Console) -> Dataset:
@@ -127,33 +150,39 @@ def prepared(data: Data, console: Console) -> Dataset:
     return open_dataset(found, data)
 
 
+def workers(recipe: Recipe) -> str:
+    """Return the number of workers as a person says it."""
+    low, high = recipe.launch.min_workers, recipe.launch.max_workers
+    return str(low) if low == high else f"{low} to {high}"
+
+
 def check_fits(recipe: Recipe, dataset: Dataset) -> None:
     """Raise UserError where the recipe asks for more than the data set holds."""
-    images, batch, workers = len(dataset.train), recipe.train.batch_size, recipe.launch.workers
+    images, batch, most = len(dataset.train), recipe.train.batch_size, recipe.launch.max_workers
     if batch > images:
         raise UserError(f"train.batch_size={batch}: larger than the {images:,} training images")
-    if (smallest := images // num_batches(images, batch)) < 2 * workers:
+    if (smallest := images // num_batches(images, batch)) < 2 * most:
         raise UserError(
             f"train.batch_size={batch}: a batch of {smallest} leaves less than two images to some of "
-            f"launch.workers={workers}"
+            f"launch.workers={most}"
         )
 
 
 class _Only(Checkpoints):
     """One checkpoint, chosen by its path."""
 
-    def __init__(self, path: Path):
-        super().__init__(path.parent)
+    def __init__(self, path: Path, name: Callable[[Path], str]):
+        super().__init__(path.parent, name=name)
         self._path = path
 
     def paths(self) -> list[Path]:
         return [self._path]
 
-    def load_newest(self) -> dict[str, Any]:
+    def read_newest(self) -> tuple[dict[str, Any], bytes]:
         try:
-            return load(self._path)
+            return load(self._path), b""
         except Exception as error:  # as Checkpoints: torch raises many kinds
-            raise UserError(f"{self._path} is not a whole checkpoint ({type(error).__name__})") from None
+            raise UserError(f"{self.name(self._path)} is not a whole checkpoint ({type(error).__name__})") from None
 
 
 def _overridden(recipe: Recipe, overrides: Sequence[str]) -> Recipe:

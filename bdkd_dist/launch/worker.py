@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable
 from contextlib import ExitStack
+from pathlib import Path
 
 import torch
 
@@ -13,10 +14,12 @@ from bdkd_dist.data.loader import Loader, open_loader
 from bdkd_dist.data.order import rank_shard
 from bdkd_dist.engine import distributed
 from bdkd_dist.engine.checkpoint import Checkpoints
+from bdkd_dist.engine.control import Control
 from bdkd_dist.engine.evaluate import calibrated, predictions
 from bdkd_dist.engine.loop import Trainer
 from bdkd_dist.engine.observer import NetworkDiagnosis, Observer, Observers
 from bdkd_dist.errors import UserError, first_line
+from bdkd_dist.launch.mirror import RunCheckpoints
 from bdkd_dist.launch.run_folder import RunFolder
 from bdkd_dist.records.figures import reliability_figure, save_png
 from bdkd_dist.records.metric_lines import MetricLines
@@ -30,7 +33,7 @@ def work(
     folder: RunFolder,
     device: torch.device,
     progress: Observer,
-    should_stop: Callable[[], bool],
+    control: Control,
     warn: Callable[[str], None],
 ) -> None:
     """Train to the end, or on from the folder's newest checkpoint, and write the results.
@@ -40,11 +43,12 @@ def work(
         folder: Where everything is kept; the recipe's own.
         device: Where this rank computes.
         progress: Shows the run to a person; told on rank 0.
-        should_stop: Asked between steps.
+        control: Told of every step, and asked between steps what is wanted.
         warn: Says one line to the person.
 
     Raises:
-        Interrupted: ``should_stop`` said so; the same command goes on.
+        Superseded: Another attempt at the run began; nothing more is written.
+        Interrupted: ``control`` wants it to stop; the same command goes on.
         Diverged: A loss is not finite.
         UserError: The batch does not fit into the device's memory, or the data are not what they were.
     """
@@ -52,13 +56,14 @@ def work(
     with ExitStack() as stack:
         loaders = open_loaders(recipe, dataset, device, stack)
         observer = Observers()
+        checkpoints = Checkpoints(Path(str(folder)) / "checkpoints", warn)  # rank 0 alone reads and writes
         if distributed.rank() == 0:
+            checkpoints = stack.enter_context(RunCheckpoints(folder, warn, control.beat))
             observer = Observers(
                 [TensorBoardObserver(folder.path, recipe.to_yaml()), MetricLines(folder.path), progress]
             )
         stack.callback(observer.close)
-        checkpoints = Checkpoints(folder.checkpoints, warn)
-        trainer = Trainer(recipe, dataset, loaders, device, checkpoints, observer, should_stop)
+        trainer = Trainer(recipe, dataset, loaders, device, checkpoints, observer, control)
         try:
             trainer.run()
         except torch.OutOfMemoryError as error:
@@ -66,6 +71,8 @@ def work(
                 f"train.batch_size={recipe.train.batch_size}: the device's memory is too small ({first_line(error)}); "
                 "take a smaller batch, more workers, or train.precision=bf16"
             ) from None
+        if isinstance(checkpoints, RunCheckpoints):
+            checkpoints.wait()
         finish(trainer, folder)
 
 
@@ -91,7 +98,7 @@ def open_loaders(recipe: Recipe, dataset: Dataset, device: torch.device, stack: 
 
 def loader_threads(recipe: Recipe) -> int:
     """Return the loader's threads or processes of this worker: by default its share of the cores."""
-    return recipe.data.threads or max(1, len(os.sched_getaffinity(0)) // distributed.world_size())
+    return recipe.data.threads or max(1, len(os.sched_getaffinity(0)) // distributed.local_world_size())
 
 
 def finish(trainer: Trainer, folder: RunFolder) -> None:
@@ -106,6 +113,7 @@ def finish(trainer: Trainer, folder: RunFolder) -> None:
     gathered = predictions(outputs["test"])
     if gathered is None:
         return
+    trainer.checkpoints.check()
     indices, labels, networks = gathered
     folder.predictions.mkdir(parents=True, exist_ok=True)
     write_predictions(folder.predictions / "test.parquet", indices, labels, networks, dataset.class_names)
@@ -113,5 +121,7 @@ def finish(trainer: Trainer, folder: RunFolder) -> None:
     for split, by_network in states.items():
         diagnoses = {name: NetworkDiagnosis(state.compute(), state.reliability()) for name, state in by_network.items()}
         save_png(reliability_figure(diagnoses), folder.figures / f"reliability_{split}.png")
+    folder.push(folder.predictions, folder.figures, say=trainer.checkpoints.warn)
     # Last: a folder with results is a finished run.
     write_results(folder.results, {**results, "step": trainer.step, "epochs": trainer.epoch})
+    folder.push(folder.results, say=trainer.checkpoints.warn)

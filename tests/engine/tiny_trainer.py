@@ -13,6 +13,7 @@ from bdkd_dist import config
 from bdkd_dist.data.dataset import Dataset, Subset
 from bdkd_dist.data.loader import Batch, Loader
 from bdkd_dist.engine.checkpoint import Checkpoints
+from bdkd_dist.engine.control import Control, Wish
 from bdkd_dist.engine.loop import Trainer
 from bdkd_dist.engine.observer import EvalLog, Observers, StepLog
 
@@ -50,6 +51,17 @@ class Recorder(Observers):
         self.evaluations.append(log)
 
 
+class StopAt(Control):
+    """Wants a stop once so many steps are done."""
+
+    def __init__(self, step: int | None):
+        self.step = step
+        self.trainer: Trainer | None = None
+
+    def wish(self) -> Wish:
+        return Wish.STOP if self.trainer is not None and self.trainer.step == self.step else Wish.GO_ON
+
+
 def trainer(folder: Path, *overrides: str, observer: Observers | None = None, stop_at: int | None = None) -> Trainer:
     small = ["models.teacher=resnet8", "models.student=resnet8", "data.num_classes=3", "train.batch_size=8"]
     recipe = config.load("digits", [*small, "train.epochs=2", "schedule.warmup_epochs=0", *overrides])
@@ -57,6 +69,7 @@ def trainer(folder: Path, *overrides: str, observer: Observers | None = None, st
     subset = Subset(Path(), indices, indices % 3)
     dataset = Dataset(subset, subset, subset, ("a", "b", "c"), "fingerprint")
     loaders = {"train": Noise(), "validation": Noise()}
+    control = StopAt(stop_at)
     made = Trainer(
         recipe,
         dataset,
@@ -64,8 +77,9 @@ def trainer(folder: Path, *overrides: str, observer: Observers | None = None, st
         torch.device("cpu"),
         Checkpoints(folder),
         observer or Observers(),
-        should_stop=lambda: made.step == stop_at,
+        control,
     )
+    control.trainer = made
     return made
 
 

@@ -10,37 +10,17 @@ from pathlib import Path
 
 import psutil
 import pytest
-import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
-from runs import SMALL, assert_same_weights, command, environment, event_points, reached
-
-from bdkd_dist import config
-from bdkd_dist.engine.observer import Observers
-from bdkd_dist.launch.run_folder import RunFolder
-from bdkd_dist.launch.worker import work
+import two_ranks
+from runs import assert_same_weights, command, environment, event_points, reached
+from two_ranks import TWO
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray]
-# The torch loader compiles nothing: workers start quickly.
-TWO = ("launch.workers=2", "data.loader=torch", "data.threads=1")
 
 
 @pytest.fixture(scope="module")
 def unbroken(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two ranks that no Ray started and nobody interrupted."""
-    storage = tmp_path_factory.mktemp("unbroken")
-    mp.spawn(rank_main, (str(cache), str(storage)), nprocs=2)
-    return storage / "run"
-
-
-def rank_main(rank: int, cache: str, storage: str) -> None:
-    os.environ |= {"OMP_NUM_THREADS": "1"}
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{storage}/meeting", rank=rank, world_size=2)
-    recipe = config.load("digits", [*SMALL, *TWO, f"data.prepared={cache}", f"run.storage={storage}", "run.name=run"])
-    work(recipe, RunFolder.of(recipe), torch.device("cpu"), Observers(), lambda: False, print)
-    dist.barrier()  # a rank that leaves while another still talks to it can crash that one
-    dist.destroy_process_group()
+    return two_ranks.train(cache, tmp_path_factory.mktemp("unbroken"))
 
 
 def kill_a_worker(arguments: list[str], when: Callable[[], bool]) -> tuple[int, str, str]:

@@ -1,0 +1,214 @@
+"""A run's state brought to a store while training goes on: records first, then the checkpoint that they reach to."""
+
+import json
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+from bdkd_dist.engine.checkpoint import KEPT, Checkpoints
+from bdkd_dist.engine.patience import patiently
+from bdkd_dist.errors import UserError
+from bdkd_dist.launch.lease import Attempt
+from bdkd_dist.launch.run_folder import RunFolder
+from bdkd_dist.records.files import json_text
+from bdkd_dist.records.tensorboard import event_files
+
+BEAT_S = 1.0
+METRICS = "metrics.jsonl"
+RECORDS = "records.json"
+"""Names the event files that count: one that was sent under a new name does so once the old one does not."""
+
+
+class RunCheckpoints(Checkpoints):
+    """The checkpoints of one attempt at a run, on rank 0; those at a URI come and go through a :class:`Mirror`.
+
+    Args:
+        run: The run's folder.
+        warn: Says one line to the person.
+        beat: Called while there is something to wait for, a few times a minute at least.
+
+    Raises:
+        UserError: The storage cannot be written or read.
+    """
+
+    def __init__(self, run: RunFolder, warn: Callable[[str], None], beat: Callable[[], None] = lambda: None):
+        super().__init__(run.checkpoints, warn, run.name)
+        self._run, self._beat = run, beat
+        self._attempt = Attempt(run.place, warn)
+        self._mirror = Mirror(run, self._attempt.check, warn) if run.is_remote else None
+
+    def check(self) -> None:
+        """See :meth:`Checkpoints.check`; raises Superseded where another attempt began."""
+        patiently(self._attempt.check, self.warn, self.pause)
+
+    def pause(self, seconds: float) -> None:
+        """See :meth:`Checkpoints.pause`."""
+        self._beat()
+        super().pause(seconds)
+
+    def save(self, step: int, state: dict[str, Any]) -> Path:
+        """See :meth:`Checkpoints.save`; returns before it has travelled, but not before the one before it has."""
+        self.check()
+        self.wait()
+        path = super().save(step, state)
+        if self._mirror is not None:
+            self._mirror.push()
+        return path
+
+    def wait(self) -> None:
+        """Wait until all that was saved lies where it belongs."""
+        if self._mirror is not None:
+            self._mirror.wait(self._beat)
+
+    def __enter__(self) -> "RunCheckpoints":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._mirror is None:
+            return
+        in_order = kind is None or issubclass(kind, Exception)
+        self._mirror.close(in_order)
+        if in_order:  # Ray ends its processes without their own clearing up
+            self._run.discard()
+
+
+class _Record(NamedTuple):
+    """A file of records, which only grows: what is in it now."""
+
+    name: str
+    size: int
+    mtime_ns: int
+
+
+class _Stopped(Exception):
+    """The process ends: what is under way is left."""
+
+
+class Mirror:
+    """Brings what rank 0 writes in its working folder to the run's URI, one push at a time, beside the training.
+
+    Each file is whole or absent there. A process that is killed at any moment leaves a state to go on from.
+
+    Args:
+        run: The run's folder, at a URI; what a run goes on from is brought here from it.
+        check: Raises where this attempt may write no more.
+        say: Says one line to the person.
+    """
+
+    def __init__(self, run: RunFolder, check: Callable[[], None], say: Callable[[str], None]):
+        self._run, self._check, self._say = run, check, say
+        self._sent: set[tuple[Any, ...]] = set()
+        self._event_files: list[str] = []
+        self._thread: threading.Thread | None = None
+        self._failure: Exception | None = None
+        self._stop = threading.Event()
+        self._pull()
+
+    def push(self) -> None:
+        """Send the records as they are now, then the checkpoints, in a thread."""
+        self.wait()
+        arguments = (self._records(), [path.name for path in event_files(self._run.tensorboard)], self._checkpoints())
+        self._thread = threading.Thread(target=self._in_thread, args=arguments, name="mirror", daemon=True)
+        self._thread.start()
+
+    def wait(self, beat: Callable[[], None] = lambda: None) -> None:
+        """Wait for the push that is under way, and raise what ended it."""
+        if self._thread is not None:
+            while self._thread.is_alive():
+                beat()
+                self._thread.join(BEAT_S)
+            self._thread = None
+        if self._failure is not None:
+            raise self._failure
+
+    def close(self, in_order: bool) -> None:
+        """Send what was recorded since the last push and wait for it, or, not ``in_order``, leave all as it is."""
+        if not in_order:
+            self._stop.set()
+        elif self._failure is None:
+            self.push()
+            self.wait()
+
+    def _pull(self) -> None:
+        """Bring records and the newest checkpoints here: what lies in the storage counts, not what lay here."""
+        run, place = self._run, self._run.place
+        for folder in (run.tensorboard, run.checkpoints):
+            shutil.rmtree(folder, ignore_errors=True)
+        listed = patiently(lambda: place.find(RECORDS), self._say)
+        if listed is not None:
+            self._event_files = list(json.loads(listed)["event_files"])
+        checkpoints = patiently(run.kept, self._say)[-KEPT:]
+        names = [f"{run.tensorboard.name}/{name}" for name in self._event_files]
+        run.fetch(METRICS, *names, *(f"{run.checkpoints.name}/{name}" for name in checkpoints), say=self._say)
+        self._sent = {*self._records(), *self._checkpoints()}
+
+    def _records(self) -> list[_Record]:
+        """Return the files of records as they are, in the order in which they are sent."""
+        paths = [self._run.path / METRICS, *event_files(self._run.tensorboard)]
+        stats = [(path.relative_to(self._run.path).as_posix(), path.stat()) for path in paths if path.is_file()]
+        return [_Record(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+
+    def _checkpoints(self) -> list[_Record]:
+        paths = sorted(self._run.checkpoints.glob("step-*.pt"))
+        stats = [(path.relative_to(self._run.path).as_posix(), path.stat()) for path in paths]
+        return [_Record(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+
+    def _in_thread(self, *arguments: Any) -> None:
+        try:
+            self._send_all(*arguments)
+        except _Stopped:
+            pass
+        except UserError as error:
+            self._run.unsent = True
+            self._failure = UserError(
+                f"{error}; the last good checkpoint is kept, and the same command goes on from it; what could not be "
+                f"sent lies in {self._run.path} until then"
+            )
+        except Exception as error:  # raised where the training waits for this
+            self._failure = error
+
+    def _send_all(self, records: list[_Record], event_files: list[str], checkpoints: list[_Record]) -> None:
+        for record in records:
+            self._send(record)
+        if event_files != self._event_files:
+            self._write(RECORDS, json_text({"event_files": event_files}))
+            dropped = set(self._event_files) - set(event_files)
+            self._event_files = event_files
+            for name in dropped:
+                self._delete(f"{self._run.tensorboard.name}/{name}")
+        for checkpoint in checkpoints:
+            self._send(checkpoint)
+        # Also those that an attempt which was given up for lost has sent meanwhile.
+        kept = {Path(checkpoint.name).name for checkpoint in checkpoints}
+        for name in set(self._try(self._run.kept)) - kept:
+            self._delete(f"{self._run.checkpoints.name}/{name}")
+
+    def _send(self, record: _Record) -> None:
+        if record not in self._sent:
+            with (self._run.path / record.name).open("rb") as file:
+                self._write(record.name, file.read(record.size))
+            self._sent.add(record)
+
+    def _write(self, name: str, content: bytes) -> None:
+        self._try(lambda: self._run.place.write(name, content))
+
+    def _delete(self, name: str) -> None:
+        self._try(lambda: self._run.place.delete(name))
+
+    def _try(self, action: Callable[[], Any]) -> Any:
+        """Return what an action returns, tried again as long as this attempt is the newest."""
+
+        def checked() -> Any:
+            self._check()
+            return action()
+
+        return patiently(checked, self._say, self._pause)
+
+    def _pause(self, seconds: float) -> None:
+        if self._stop.wait(seconds):
+            raise _Stopped

@@ -1,0 +1,124 @@
+"""Real Ray nodes on loopback addresses of this machine, each with ports of its own, behind a token."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import requests
+import runs
+
+START_WITHIN_S = 240
+TOKEN = "0123456789abcdef" * 4
+
+
+@dataclass
+class RayHead:
+    """A head node that runs."""
+
+    gcs: str
+    """HOST:PORT."""
+    dashboard: str
+    """http://HOST:PORT"""
+    folder: Path
+    """Ray's own files."""
+    environment: dict[str, str]
+    """For commands that speak to it."""
+
+
+@contextmanager
+def head(folder: Path, address: str, num_cpus: int = 2, **extra: str) -> Iterator[RayHead]:
+    """Start a head node; all that runs on it ends with it.
+
+    Args:
+        folder: New; Ray's files go there. Its path is short: Ray's sockets lie in it.
+        address: On the loopback network.
+        num_cpus: That it says it has.
+        extra: Of its environment.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "token").write_text(TOKEN)
+    environment = runs.environment() | {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",  # as `source .venv/bin/activate` has it
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(folder / "token"),
+    }
+    gcs, dashboard, client = (free_port(address) for _ in range(3))
+    arguments = [
+        *("--head", f"--port={gcs}", f"--ray-client-server-port={client}", f"--temp-dir={folder}"),
+        *("--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", f"--num-cpus={num_cpus}"),
+    ]
+    with _started(folder / "head.log", address, arguments, environment | extra) as pid:
+        url = f"http://127.0.0.1:{dashboard}"
+        _wait_for_dashboard(url)
+        yield RayHead(f"{address}:{gcs}", url, folder, environment)
+        os.killpg(pid, signal.SIGKILL)  # nobody needs the half minute in which it would wait for what still runs
+
+
+@contextmanager
+def joined(to: RayHead, address: str, *arguments: str, **extra: str) -> Iterator[int]:
+    """Start a further node, which has one core of this machine, and yield the process id of its raylet."""
+    cores = sorted(os.sched_getaffinity(0))
+    core = cores[int(address.rpartition(".")[2]) % len(cores)]
+    log = to.folder / f"{address}.log"
+    arguments = (f"--address={to.gcs}", "--num-cpus=1", *arguments)
+    with _started(log, address, [*arguments], to.environment | extra, {core}) as pid:
+        children = subprocess.run(["pgrep", "-P", str(pid), "raylet"], capture_output=True, text=True, check=True)
+        yield int(children.stdout)
+
+
+def free_port(address: str) -> int:
+    """Return a port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind((address, 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def _started(
+    log: Path, address: str, arguments: list[str], environment: dict[str, str], cores: set[int] | None = None
+) -> Iterator[int]:
+    command = [
+        *(str(Path(sys.executable).with_name("ray")), "start", "--block", "--disable-usage-stats"),
+        *(f"--node-ip-address={address}", "--min-worker-port=0", "--max-worker-port=0"),
+        f"--dashboard-agent-listen-port={free_port(address)}",
+        *arguments,
+    ]
+    if cores is not None:
+        command = ["taskset", "--cpu-list", ",".join(map(str, cores)), *command]
+    with log.open("w") as out:
+        process = subprocess.Popen(
+            command, stdout=out, stderr=subprocess.STDOUT, env=environment, cwd=log.parent, start_new_session=True
+        )
+    try:
+        deadline_s = time.monotonic() + START_WITHIN_S
+        while "Ray runtime started" not in log.read_text():
+            assert process.poll() is None, f"ray start ended with {process.returncode}\n{log.read_text()}"
+            assert time.monotonic() < deadline_s, f"ray start hangs\n{log.read_text()}"
+            time.sleep(0.2)
+        yield process.pid
+    finally:
+        process.terminate()  # the node leaves its cluster, and its processes end
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def _wait_for_dashboard(url: str) -> None:
+    deadline_s = time.monotonic() + START_WITHIN_S
+    while time.monotonic() < deadline_s:
+        try:
+            if requests.get(f"{url}/api/jobs/", headers={"Authorization": f"Bearer {TOKEN}"}, timeout=20).ok:
+                return
+        except requests.exceptions.RequestException:
+            pass
+        time.sleep(0.5)
+    raise AssertionError("the dashboard does not answer")
