@@ -1,10 +1,12 @@
 """The doctor on this machine, and on ones that lack something."""
 
+import sys
 from collections import namedtuple
 from pathlib import Path
 
 import pytest
 
+from bdkd_dist import cli
 from bdkd_dist.launch import doctor
 
 
@@ -29,3 +31,22 @@ def test_a_package_that_is_installed_but_broken_is_missing(tmp_path: Path, monke
     assert finding.status == "missing"
     assert "libfoo.so.1" in finding.found
     assert finding.mend == "make setup"
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--storage", "s3://lab/runs"], "--storage is looked at from the nodes of a cluster; give its --address too"),
+        (["--address", "127.0.0.1:9"], "--address 127.0.0.1:9: no Ray cluster that fits answers"),
+    ],
+)
+def test_a_cluster_that_is_not_there_is_one_line(
+    options: list[str], expected: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["bdkd", "doctor", *options])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith(expected)
+    assert said.count("\n") == 1
