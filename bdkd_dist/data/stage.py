@@ -5,12 +5,10 @@ the run would miss nodes that join later; a worker knows which node it is on.) L
 Nothing deletes it, not in memory either: it is the user's to remove, and a line says where it lies.
 """
 
-import getpass
 import hashlib
 import logging
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
@@ -18,6 +16,7 @@ from pathlib import Path
 from threading import Event
 from typing import Any, Literal
 
+from bdkd_dist.data.node_folder import node_folder
 from bdkd_dist.data.prepared import (
     VERIFIED,
     Part,
@@ -59,7 +58,7 @@ def stage(prepared: Prepared, near: Near, folder: Path | None = None) -> Prepare
         UserError: There is no room, the copy cannot be written, or a file cannot be read or is not what the manifest
             says.
     """
-    root = folder or _default_folder(near)
+    root = folder or node_folder("/dev/shm" if near == "memory" else None)
     staged = replace(prepared, folder=root / prepared.content[:16], place=None)
     try:
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -72,14 +71,6 @@ def stage(prepared: Prepared, near: Near, folder: Path | None = None) -> Prepare
     except OSError as error:
         raise UserError(f"data.stage={near}: {error.filename or root}: {error.strerror or first_line(error)}") from None
     return staged
-
-
-def _default_folder(near: Near) -> Path:
-    try:
-        user = getpass.getuser()
-    except (KeyError, OSError):  # a container's user may have no name
-        user = str(os.getuid())
-    return Path(tempfile.gettempdir() if near == "local" else "/dev/shm") / f"bdkd-dist-{user}"
 
 
 def _missing(staged: Prepared) -> list[Part]:

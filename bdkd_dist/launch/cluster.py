@@ -27,6 +27,11 @@ def connected(address: str, num_cpus: int | None = None) -> Iterator[None]:
     Raises:
         UserError: No cluster that fits answers there.
     """
+    if "://" in address:
+        raise UserError(
+            f"--address {address} (or RAY_ADDRESS): not a cluster's address; give auto or HOST:PORT, leave it out to "
+            f"stay on this machine, or send a job: bdkd submit --address {address} -- COMMAND"
+        )
     try:
         if address not in ("auto", "local"):
             _knock(address)

@@ -11,10 +11,11 @@ from torch import nn
 from bdkd_dist import models
 from bdkd_dist.config import Recipe
 from bdkd_dist.data import jpeg
+from bdkd_dist.data.node_folder import node_folder
 from bdkd_dist.data.sources.storage import has_secret, shown
 from bdkd_dist.engine.checkpoint import KEPT, load_teacher
 from bdkd_dist.errors import UserError
-from bdkd_dist.launch.run_folder import RunFolder, temporary
+from bdkd_dist.launch.run_folder import RunFolder
 
 RECORDS_BYTES = 64 * 2**20
 """Room for TensorBoard, figures and predictions of a run of usual length."""
@@ -89,7 +90,7 @@ def _check_room(recipe: Recipe, run: RunFolder, networks: dict[str, nn.Module]) 
     copies = {role: 3 if recipe.train.ema_decay and role != "teacher" else 2 for role in networks}
     state_bytes = sum(4 * copies[role] * models.num_parameters(network) for role, network in networks.items())
     needed = state_bytes * (KEPT + 1) + RECORDS_BYTES
-    folder = temporary() if run.is_remote else Path(run.where)
+    folder = node_folder() if run.is_remote else Path(run.where)
     while not folder.exists():
         folder = folder.parent
     if not os.access(folder, os.W_OK):

@@ -5,10 +5,8 @@ nothing depends on when Ray registers a checkpoint. Lost workers are started aga
 would come again, so it is told and ends the run.
 """
 
-import getpass
 import os
 import pickle
-import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -20,6 +18,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback, Wor
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from bdkd_dist.config import Recipe
+from bdkd_dist.data.node_folder import node_folder
 from bdkd_dist.engine.observer import Observer
 from bdkd_dist.errors import first_line
 from bdkd_dist.launch import cluster
@@ -95,7 +94,7 @@ def train(recipe: Recipe, progress: Observer, warn: Callable[[str], None], addre
             ),
             run_config=RunConfig(
                 name=recipe.run.name,
-                storage_path=str(_scratch()),
+                storage_path=str(node_folder() / "ray"),  # its own notes; the run's state is kept by the engine
                 failure_config=FailureConfig(max_failures=launch.max_failures),
                 callbacks=[Restarts(relay, launch.max_failures)],
             ),
@@ -160,11 +159,6 @@ def _has_gpus(recipe: Recipe) -> bool:
     launch = recipe.launch
     there = ray.cluster_resources().get("GPU", 0) >= launch.min_workers * launch.gpus_per_worker
     return launch.device == "cuda" or (launch.device == "auto" and there)
-
-
-def _scratch() -> Path:
-    """Return where Ray Train keeps its own notes, on the driver's node: the run's state is kept by the engine."""
-    return Path(tempfile.gettempdir(), f"bdkd-dist-{getpass.getuser()}", "ray")
 
 
 def _was_taken_away(error: Exception) -> bool:

@@ -1,10 +1,9 @@
 """A run's folder: what lies where in it, and whose it is."""
 
 import atexit
-import getpass
+import os
 import shutil
 import socket
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -18,6 +17,7 @@ import yaml
 
 from bdkd_dist import config
 from bdkd_dist.config import Recipe
+from bdkd_dist.data.node_folder import node_folder
 from bdkd_dist.data.sources.storage import Place, is_uri
 from bdkd_dist.engine.patience import patiently
 from bdkd_dist.errors import UserError
@@ -249,19 +249,16 @@ def _foreign(name: str) -> bool:
     return name != "run.lock" and not name.endswith(".partial")
 
 
-def temporary() -> Path:
-    """Return this user's own folder for temporary files of this node."""
-    return Path(tempfile.gettempdir()) / f"bdkd-dist-{getpass.getuser()}"
-
-
 _held: list[filelock.BaseFileLock] = []
 """Locks of this process's working folders: they are its own until it ends."""
 
 
 def _working_folder(place: Place) -> Path:
     """Return an empty folder that no other living process works in; what a dead one left there is dropped."""
-    root = temporary() / "runs"
+    root = node_folder() / "runs"
     root.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if root.stat().st_uid != os.getuid():
+        raise UserError(f"run.storage: {root}, where a run at a URI is worked on, is another user's; set TMPDIR")
     for number in count(1):
         folder = root / f"{place.name}-{number}"
         lock = filelock.FileLock(f"{folder}.lock", timeout=0)

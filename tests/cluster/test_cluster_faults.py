@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 import ray_node
+import s3_server
 import torch
 import two_ranks
 from ray_node import RayHead
@@ -161,6 +162,32 @@ def test_a_node_that_dies_is_waited_for_and_its_place_taken_without_a_bit_lost(
     assert "CPU free on" in said
     assert_equal_runs(tmp_path / "run", unbroken)
     assert_each_sample_once_an_epoch(record, epochs=2, steps=10)
+
+
+def test_a_run_in_a_bucket_goes_on_from_there_when_the_node_that_wrote_it_dies(
+    ray_head: RayHead, unbroken: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for key, value in s3_server.CREDENTIALS.items():
+        monkeypatch.setenv(key, value)
+    with ExitStack() as stack:
+        bucket = stack.enter_context(s3_server.serve())
+        nodes = ("127.0.0.3", "127.0.0.4", "127.0.0.5")
+        raylets = [stack.enter_context(ray_node.joined(ray_head, node, **s3_server.CREDENTIALS)) for node in nodes]
+        arguments = command(cache, bucket.uri("runs"), *TWO, "launch.placement=spread")  # type: ignore[arg-type]
+        driver = stack.enter_context(driving(ray_head, arguments, tmp_path))
+        driver.until(bucket.reached("runs/run", 3))
+        writer = next(raylet for raylet in raylets if writes_to_a_store(raylet))
+        os.kill(writer, signal.SIGKILL)
+        said = driver.ends()
+        run = bucket.copy_to("runs/run", tmp_path / "copy")
+    assert "restart 1 of at most 3" in said
+    assert_equal_runs(run, unbroken)
+
+
+def writes_to_a_store(raylet: int) -> bool:
+    """Whether rank 0 is on this node: it alone has a working folder, locked."""
+    workers = [p for p in psutil.Process(raylet).children(recursive=True) if "RayTrainWorker" in p.name()]
+    return any("/runs/run-" in file.path for worker in workers for file in worker.open_files())
 
 
 def test_a_killed_driver_costs_nothing_when_its_command_is_typed_again(

@@ -15,6 +15,7 @@ from runs import BDKD, assert_same_weights, break_off, command, environment, eve
 from s3_server import ACCESS, CREDENTIALS, SECRET, Storage, serve
 
 from bdkd_dist import config, models
+from bdkd_dist.data.node_folder import node_folder
 from bdkd_dist.data.sources.storage import Place
 from bdkd_dist.engine.checkpoint import load_teacher
 from bdkd_dist.errors import UserError
@@ -95,7 +96,7 @@ class TestWholeRuns:
         assert ours - {RECORDS} == theirs - {"run.lock"}
         assert "s3://lab/runs/whole/figures/reliability_test.png" in in_bucket
         assert "--logdir s3://lab/runs\n" in in_bucket
-        assert not list((run_folder.temporary() / "runs").glob("whole-*/*"))
+        assert not list((node_folder() / "runs").glob("whole-*/*"))
 
     def test_unchanged_files_are_sent_once(self, storage: Storage, in_bucket: str) -> None:
         sent = [key for method, key, status in storage.requests if method == "PUT" and "/whole/" in key]
