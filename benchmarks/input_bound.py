@@ -82,7 +82,7 @@ def recipe_of(arguments: argparse.Namespace, device: torch.device) -> config.Rec
         "data.num_classes": 10,
         "train.epochs": arguments.epochs + 1,
     }
-    return config.load("imagenet_r34_r18", [f"{key}={value}" for key, value in overrides.items()])
+    return config.load("imagenet_r34_r18", ["launch.device=auto", *(f"{k}={value}" for k, value in overrides.items())])
 
 
 def dataset(beton: Beton) -> Dataset:
