@@ -22,6 +22,23 @@ def test_recipes_of_the_pairs_are_all_there() -> None:
     assert set(config.recipe_names()) == expected | {"digits", "clothing_r34_r18", "imagenet_r34_r18"}
 
 
+def test_a_base_that_leads_back_is_one_line(tmp_path: Path) -> None:
+    one, other = tmp_path / "one.yaml", tmp_path / "other.yaml"
+    one.write_text(f"base: {other}")
+    other.write_text(f"base: {one}")
+    with pytest.raises(UserError, match=r"other.yaml: base=.*one.yaml leads back"):
+        config.load(str(one))
+
+
+def test_workers_are_a_number_or_two_bounds() -> None:
+    assert config.load("digits", ["launch.workers=[2,4]"]).launch.max_workers == 4
+    assert config.load("digits", ["launch.workers=[2,4]"]).launch.min_workers == 2
+    assert config.load("digits", ["launch.workers=[3,3]"]).launch.workers == 3
+    for wrong in ("0", "[4,2]", "[0,2]", "two", "[1,2,3]", "1.5", "[1.0,2]"):
+        with pytest.raises(UserError, match=r"launch.workers.*is not allowed; a number from 1, or \[min, max\]"):
+            config.load("digits", [f"launch.workers={wrong}"])
+
+
 def test_a_base_is_merged_below_its_recipe() -> None:
     recipe = config.load("cifar100_r56_r20")
     assert (recipe.models.teacher, recipe.models.student) == ("resnet56", "resnet20")

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 RECORDER = '''
-import importlib.machinery, json, sys
+import importlib.machinery, json, os, sys, time
 
 
 class Finder:
@@ -25,6 +25,7 @@ class Finder:
                 with open({record!r}, "a") as file:
                     file.write(json.dumps(line) + "\\n")
                 step(self, batch)
+                time.sleep(float(os.environ.get("PAUSE_S", 0)))
 
             module.Trainer._train_step = recorded
 

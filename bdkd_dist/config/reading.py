@@ -75,7 +75,7 @@ def _objective(section: Any) -> Any:
         raise UserError(_one_line(error, prefix="objective.")) from None
 
 
-def _read(recipe: str) -> dict[str, Any]:
+def _read(recipe: str, above: tuple[str, ...] = ()) -> dict[str, Any]:
     shipped = RECIPES / f"{recipe}.yaml"
     path = shipped if shipped.is_file() else Path(recipe)
     if not path.is_file():
@@ -93,7 +93,11 @@ def _read(recipe: str) -> dict[str, Any]:
     if isinstance(run := tree.setdefault("run", {}), dict):
         run.setdefault("name", path.stem)
     base = tree.pop("base", None)
-    return tree if base is None else _merged(_read(str(base)), tree)
+    if base is None:
+        return tree
+    if str(base) in (*above, recipe):
+        raise UserError(f"{path}: base={base} leads back to where it began")
+    return _merged(_read(str(base), (*above, recipe)), tree)
 
 
 def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:

@@ -227,14 +227,16 @@ class Launch(Section):
     """Claimed from Ray where workers compute on GPUs."""
     placement: Literal["pack", "spread"] = "pack"
     """Workers on as few nodes as possible, or on as many."""
-    bucket_mib: float = Field(25.0, gt=0)
-    """Gradients travel in buckets of this size, while the rest of the backward pass goes on (DDP's bucket_cap_mb)."""
+    bucket_mib: float | None = Field(None, gt=0)
+    """Gradients travel in buckets of this size while the rest of the backward pass goes on; by default DDP's own: a
+    first one of 1 MiB, so that sending begins early, and then of 25 MiB."""
     max_failures: int = Field(3, ge=0)
     """How often lost workers start again from the newest checkpoint."""
     wait_timeout_s: float = Field(1800.0, gt=0)
     """Give up where the cluster has had no room for the workers for so long; the state is kept."""
     stall_timeout_s: float = Field(900.0, gt=0)
-    """Start all workers again where none has finished a step for so long; their stacks are shown first."""
+    """Start all workers again where none has finished a step for so long (the first may take an hour); their stacks are
+    shown first."""
 
     @field_validator("workers", mode="before")
     @classmethod

@@ -142,13 +142,26 @@ def parsed(content: bytes, folder: Path, where: str) -> Prepared:
     try:
         manifest = json.loads(content)
         if (found := manifest["format"]) == FORMAT:
-            splits = {name: tuple(Part(**part) for part in parts) for name, parts in manifest["splits"].items()}
+            splits = {name: tuple(map(_part, parts)) for name, parts in manifest["splits"].items()}
             names = tuple(manifest["class_names"])
             left_out, check = dict(manifest.get("left_out", {})), manifest.get("check", "full")
             return Prepared(folder, manifest["fingerprint"], names, splits, left_out, check)
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{where}/{MANIFEST} cannot be read; {again}") from None
     raise UserError(f"{where}/{MANIFEST} has format {found}, this version reads {FORMAT}; {again}")
+
+
+def _part(entry: dict[str, Any]) -> Part:
+    """Return an entry of a manifest, which may come from a store: it names a file of its own folder and no other."""
+    part = Part(str(entry["file"]), int(entry["samples"]), int(entry["bytes"]), str(entry["sha256"]))
+    if (
+        not part.file
+        or Path(part.file).name != part.file
+        or part.file.startswith(".")
+        or entry.keys() != Part.__annotations__.keys()
+    ):
+        raise ValueError(part.file)
+    return part
 
 
 def verify(prepared: Prepared) -> None:

@@ -39,6 +39,7 @@ from bdkd_dist.engine.evaluate import Evaluator
 from bdkd_dist.engine.observer import EvalLog, NetworkDiagnosis, Observer, StepLog
 from bdkd_dist.engine.optim import build_optimizer, learning_rate
 from bdkd_dist.engine.pair import build_pair
+from bdkd_dist.engine.patience import patiently
 from bdkd_dist.errors import UserError
 from bdkd_dist.objectives import Losses
 
@@ -173,9 +174,10 @@ class Trainer:
             if wish == Wish.STOP:
                 raise Interrupted(self.step, self.checkpoints.name(self._save()))
             every = settings.checkpoint_every_steps
-            due = wish == Wish.CHECKPOINT or (every and self.step % every == 0)
-            # The last step of an epoch is kept after its evaluation, so that going on does not evaluate twice.
-            if due and self.step_in_epoch < self.steps_per_epoch:
+            # The last step of an epoch is kept after its evaluation, so that going on does not evaluate twice; unless
+            # there may be no time for that.
+            due = every and self.step % every == 0 and self.step_in_epoch < self.steps_per_epoch
+            if due or wish == Wish.CHECKPOINT:
                 self._save()
 
     def _order(self) -> Indices:
@@ -355,7 +357,7 @@ class Trainer:
                 "run.name with a lower optimizer.lr or with optimizer.clip_grad_norm"
             )
         if self.rank == 0:
-            self.observer.flush()
+            patiently(self.observer.flush, self.checkpoints.warn, self.checkpoints.pause)
             path = self.checkpoints.save(self.step, self._state(rows))
         else:
             path = self.checkpoints.folder

@@ -254,8 +254,9 @@ def _check_place(name: str, place: str | Path | None) -> None:
 
 def _check_recipe_file(recipe: str, folder: Path) -> None:
     """Raise UserError where a recipe, or one that it builds on, is a file that does not travel."""
-    files = source_files(folder)
-    while recipe and not (RECIPES / f"{recipe}.yaml").is_file():
+    files, seen = source_files(folder), set[str]()
+    while recipe and recipe not in seen and not (RECIPES / f"{recipe}.yaml").is_file():
+        seen.add(recipe)
         path = Path(recipe)
         if path.is_file() and (path.is_absolute() or os.path.normpath(path) not in files):
             raise UserError(

@@ -36,8 +36,9 @@ def train(recipe: Recipe, folder: RunFolder, progress: Observer, warn: Callable[
 
 def wants_cuda(recipe: Recipe) -> bool:
     """Whether the recipe's workers compute on GPUs here."""
-    enough = torch.cuda.device_count() >= recipe.launch.max_workers
-    return recipe.launch.device == "cuda" or (recipe.launch.device == "auto" and enough)
+    launch = recipe.launch
+    enough = torch.cuda.device_count() >= launch.min_workers * launch.gpus_per_worker
+    return launch.device == "cuda" or (launch.device == "auto" and enough)
 
 
 class _Pressed(Control):

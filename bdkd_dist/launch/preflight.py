@@ -1,6 +1,7 @@
 """What can be known to be wrong before any work is done."""
 
 import importlib.util
+import math
 import os
 import shutil
 from pathlib import Path
@@ -41,6 +42,9 @@ def check(recipe: Recipe, folder: RunFolder, on_cluster: bool = False) -> None:
                 f"{key}={shown(place)} holds a secret key, which the run's recipe.yaml would keep; "
                 "give it by the environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY)"
             )
+    if (on_cluster or recipe.launch.max_workers > 1) and importlib.util.find_spec("ray") is None:
+        asked = "--address" if on_cluster else f"launch.workers={recipe.launch.max_workers}"
+        raise UserError(f"{asked}: Ray is not installed here; launch.workers=1 needs none")
     if not on_cluster:
         _check_device(recipe)
     networks = {role: _network(recipe, role) for role in recipe.models.by_role}
@@ -50,15 +54,13 @@ def check(recipe: Recipe, folder: RunFolder, on_cluster: bool = False) -> None:
 
 
 def _check_device(recipe: Recipe) -> None:
-    workers, device = recipe.launch.max_workers, recipe.launch.device
-    gpus = torch.cuda.device_count()
-    if device == "cuda" and gpus < workers:
+    launch, gpus = recipe.launch, torch.cuda.device_count()
+    needed = math.ceil(launch.min_workers * launch.gpus_per_worker)
+    if launch.device == "cuda" and gpus < needed:
         raise UserError(
-            f"launch.device=cuda: launch.workers={workers} needs as many GPUs, torch sees {gpus}; "
+            f"launch.device=cuda: launch.workers={launch.min_workers} needs {needed} GPU(s), torch sees {gpus}; "
             "launch.device=cpu needs none"
         )
-    if workers > 1 and importlib.util.find_spec("ray") is None:
-        raise UserError(f"launch.workers={workers}: Ray is not installed here; launch.workers=1 needs none")
 
 
 def _network(recipe: Recipe, role: str) -> nn.Module:

@@ -5,6 +5,7 @@ nothing depends on when Ray registers a checkpoint. Lost workers are started aga
 would come again, so it is told and ends the run.
 """
 
+import math
 import os
 import pickle
 import threading
@@ -16,6 +17,7 @@ from typing import Any
 import ray
 from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback, WorkerGroupError
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.execution.callback import ControllerCallback
 
 from bdkd_dist.config import Recipe
 from bdkd_dist.data.node_folder import node_folder
@@ -27,9 +29,13 @@ from bdkd_dist.launch.ray_worker import ENDS, ENDS_OF_ONE_RANK, is_loss, ray_wor
 from bdkd_dist.launch.relay import Relay
 from bdkd_dist.launch.vigil import Vigil, WorkersLost
 
-POLL_S = 0.25
+POLL_S = 0.5
 RESIZE_EVERY_S = 30.0
 """How often an elastic run looks whether there is room for more workers."""
+CHECKPOINT_WITHIN_S = 60.0
+"""What is not kept by then is computed again."""
+END_WITHIN_S = 60.0
+"""How long the other ranks may take to end once rank 0 has."""
 START_TIMEOUT_S = 30
 """How long Ray holds on to places that it has asked for; then it looks again at what the cluster has."""
 
@@ -61,6 +67,23 @@ class Restarts(UserCallback):
         ray.get(self.relay.tell.remote("warn", pickle.dumps((line,))))
 
 
+class CheckpointFirst(ControllerCallback):
+    """Lets the workers checkpoint before Ray Train ends them to start another number of them.
+
+    Ray 2.60 has the hook for its own callbacks alone; ``RunConfig`` takes those too.
+    """
+
+    def __init__(self, relay: Any):
+        self.relay = relay
+
+    def before_controller_execute_resize_decision(self, resize_decision: Any) -> None:
+        """See Ray's ``ControllerCallback``; called before the first start and restarts too, where nobody is there."""
+        until_s = time.monotonic() + CHECKPOINT_WITHIN_S
+        ray.get(self.relay.order.remote("checkpoint"))
+        while ray.get(self.relay.is_awaited.remote("checkpoint")) and time.monotonic() < until_s:
+            time.sleep(POLL_S)
+
+
 def train(recipe: Recipe, progress: Observer, warn: Callable[[str], None], address: str | None = None) -> None:
     """Train with ``launch.workers`` DDP workers. See :func:`work` for what it raises.
 
@@ -76,7 +99,7 @@ def train(recipe: Recipe, progress: Observer, warn: Callable[[str], None], addre
     launch = recipe.launch
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(START_TIMEOUT_S))
     # More workers than this machine has cores may share them: they are asked for by name, so they get them.
-    cpus = max(os.cpu_count() or 1, round(launch.max_workers * launch.cpus_per_worker))
+    cpus = max(os.cpu_count() or 1, math.ceil(launch.max_workers * launch.cpus_per_worker))
     with cluster.connected(address or "local", cpus):
         cuda = wants_cuda(recipe) if address is None else _has_gpus(recipe)
         resources = {"CPU": launch.cpus_per_worker} | ({"GPU": launch.gpus_per_worker} if cuda else {})
@@ -96,7 +119,7 @@ def train(recipe: Recipe, progress: Observer, warn: Callable[[str], None], addre
                 name=recipe.run.name,
                 storage_path=str(node_folder() / "ray"),  # its own notes; the run's state is kept by the engine
                 failure_config=FailureConfig(max_failures=launch.max_failures),
-                callbacks=[Restarts(relay, launch.max_failures)],
+                callbacks=[Restarts(relay, launch.max_failures), CheckpointFirst(relay)],
             ),
         )
         try:
@@ -128,7 +151,7 @@ def _fit(
     outcome: tuple[str, tuple[Any, ...]] = ("", ())
     with stop_on_signal(warn) as pressed:
         thread.start()
-        asked = False
+        asked, end_by_s = False, math.inf
         while True:
             alive = thread.is_alive()
             for method, pickled in ray.get(relay.drain.remote()):
@@ -142,11 +165,13 @@ def _fit(
             if pressed() and not asked:
                 relay.request_stop.remote()
                 asked = True
-            if not alive or outcome[0] in ENDS_OF_ONE_RANK:
+            if not alive or outcome[0] in ENDS_OF_ONE_RANK or time.monotonic() > end_by_s:
                 break
-            if not outcome[0]:
+            if outcome[0]:
+                end_by_s = min(end_by_s, time.monotonic() + END_WITHIN_S)
+            else:
                 vigil.look()
-                if asked and vigil.waiting:  # there is nobody who could stop with a checkpoint
+                if asked and vigil.alone:  # there is nobody who could stop with a checkpoint
                     raise KeyboardInterrupt
             time.sleep(POLL_S)
     if failure and outcome[0] not in ENDS_OF_ONE_RANK:

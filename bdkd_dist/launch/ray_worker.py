@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import re
 import traceback
 from collections.abc import Callable
 from dataclasses import replace
@@ -104,14 +105,16 @@ def ray_worker(settings: dict[str, Any]) -> None:
     except Superseded as error:
         if watch.is_current():  # else by the workers that were started in place of these
             tell("superseded", str(error))
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         if is_loss(error):
             raise
         tell("broken", f"rank {distributed.rank()} failed\n{traceback.format_exc()}")
 
 
-def is_loss(error: Exception) -> bool:
+def is_loss(error: BaseException) -> bool:
     """Whether a rank's exception speaks of a device or another rank that was lost, and may be there after a restart."""
     kinds = (torch.distributed.DistError, torch.AcceleratorError, RayError)
+    if isinstance(error, torch.AcceleratorError) and re.search("device-side assert|illegal (memory|instr)", str(error)):
+        return False  # of the code that ran there: it would come again
     gloo = isinstance(error, RuntimeError) and "/gloo/" in str(error)  # names its source file, has no class of its own
     return gloo or isinstance(error, kinds)

@@ -27,7 +27,12 @@ class Workers(NamedTuple):
     silent_s: float
     """Since any of them was heard."""
     idle_s: float
-    """Since any of them had done something more; 0 until the first step is done, for data may have to be copied."""
+    """Since any of them had done something more, or since the last of them started."""
+
+    @property
+    def begun(self) -> bool:
+        """Whether a step is done; before that data may have to be copied and networks compiled."""
+        return any(beat.done for beat in self.beats.values())
 
     @property
     def complete(self) -> bool:
@@ -44,6 +49,7 @@ class Relay:
         self._beats: dict[int, Beat] = {}
         self._heard_at_s = self._done_at_s = time.monotonic()
         self._orders: dict[int, set[str]] = {}
+        self._awaited: set[str] = set()
         self._stop = False
         self._stacks: dict[int, str] = {}
 
@@ -62,13 +68,12 @@ class Relay:
         Ranks of a group that another has followed are told ``leave``: they may have been cut off when it was made.
         """
         if beat.group not in self._groups:
-            self.forget_workers()
-            self._groups.append(beat.group)
+            self._begin(beat.group)
         elif beat.group != self._groups[-1]:
             return {"leave"}
         self._heard_at_s = time.monotonic()
         before = self._beats.get(beat.rank)
-        if before is None or before.done != beat.done or beat.done == 0:
+        if before is None or before.done != beat.done:
             self._done_at_s = self._heard_at_s
         self._beats[beat.rank] = beat
         return self._orders.pop(beat.rank, set()) | ({"stop"} if self._stop else set())
@@ -83,13 +88,28 @@ class Relay:
         return Workers(dict(self._beats), now_s - self._heard_at_s, now_s - self._done_at_s)
 
     def forget_workers(self) -> None:
-        """The workers are lost."""
+        """The workers are lost: those that still live are told to leave."""
+        self._begin("")
+
+    def _begin(self, group: str) -> None:
+        self._groups.append(group)
         self._beats, self._orders, self._stacks = {}, {}, {}
+        self._awaited.clear()
 
     def order(self, what: str) -> None:
         """Tell every rank something once."""
         for rank in self._beats:
             self._orders.setdefault(rank, set()).add(what)
+        if self._beats:
+            self._awaited.add(what)
+
+    def done(self, what: str) -> None:
+        """Rank 0 has followed an order."""
+        self._awaited.discard(what)
+
+    def is_awaited(self, what: str) -> bool:
+        """Whether rank 0 has an order that it has not followed yet."""
+        return what in self._awaited
 
     def request_stop(self) -> None:
         """Ask the ranks to checkpoint and stop, those too that start from now on."""

@@ -1,4 +1,4 @@
-"""What travels with a job: the source tree of a folder as one archive, never data, runs, environments or secrets."""
+"""What travels with a job: the source tree of a folder as one archive, never data, runs, environments or keys."""
 
 import subprocess
 import tempfile
@@ -16,8 +16,9 @@ LEFT_OUT_FOLDERS = ("runs", "__pycache__")
 LEFT_OUT_SUFFIXES = (
     *(".beton", ".parquet", ".arrow", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".zip", ".npy", ".npz", ".h5", ".pkl"),
     *(".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".pt", ".pth", ".safetensors", ".onnx"),
+    *(".pem", ".key", ".p12"),
 )
-"""Data and weights, wherever they lie."""
+"""Data, weights and keys, wherever they lie."""
 
 
 def source_files(folder: Path) -> dict[str, Path]:

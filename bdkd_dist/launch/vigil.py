@@ -15,6 +15,8 @@ LOOK_EVERY_S = 1.0
 SAY_EVERY_S = 30.0
 SILENT_S = 15.0
 """Workers that said nothing for so long are waited for: they are gone, or start again."""
+FIRST_STEP_S = 3600.0
+"""At least so long may pass before the first step, in which data may be copied and networks compiled."""
 STACKS_WITHIN_S = 10.0
 KILL_WITHIN_S = 30.0
 
@@ -33,12 +35,13 @@ class Vigil:
         warn: Says a line to the person.
 
     Attributes:
-        waiting: Whether no complete group of workers is there.
+        waiting: Whether no complete group of workers is heard.
+        alone: Whether no complete group of workers is there.
     """
 
     def __init__(self, relay: Any, launch: Launch, resources: dict[str, float], warn: Callable[[str], None]):
         self.relay, self.launch, self.resources, self.warn = relay, launch, resources, warn
-        self.waiting = True
+        self.waiting = self.alone = True
         self._next_look_s = self._waiting_since_s = self._said_at_s = time.monotonic()
         self._size: int | None = None
         self._draining: set[str] = set()
@@ -53,7 +56,9 @@ class Vigil:
             return
         self._next_look_s = now_s + LOOK_EVERY_S
         workers: Workers = ray.get(self.relay.workers.remote())
-        if workers.complete and workers.idle_s > self.launch.stall_timeout_s:
+        self.alone = not workers.complete
+        patience_s = self.launch.stall_timeout_s if workers.begun else max(FIRST_STEP_S, self.launch.stall_timeout_s)
+        if workers.complete and workers.idle_s > patience_s:
             self._restart(workers)
         elif workers.complete and workers.silent_s < SILENT_S:
             self.waiting = False
@@ -91,7 +96,8 @@ class Vigil:
         self._size = size
 
     def _see_draining(self, workers: Workers) -> None:
-        going = {beat.node: beat.host for beat in workers.beats.values() if beat.node in cluster.draining()}
+        draining = cluster.draining()
+        going = {beat.node: beat.host for beat in workers.beats.values() if beat.node in draining}
         if new := going.keys() - self._draining:
             hosts = ", ".join(going[node] for node in new)
             self.warn(f"node {hosts} is to be taken away; checkpointing now, going on until then")
@@ -110,8 +116,9 @@ class Vigil:
         ray.get(self.relay.forget_workers.remote())
         if not killed:  # they were gone already, and Ray Train has not said so
             return
+        waited_for = "finished a step" if workers.begun else "come to its first step"
         self.warn(
-            f"launch.stall_timeout_s={self.launch.stall_timeout_s:g}: no worker has finished a step for "
+            f"launch.stall_timeout_s={self.launch.stall_timeout_s:g}: no worker has {waited_for} for "
             f"{duration(workers.idle_s)}; what each was doing, before they start again:"
         )
         for rank, beat in sorted(workers.beats.items()):

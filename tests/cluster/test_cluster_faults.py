@@ -118,27 +118,32 @@ def assert_each_sample_once_an_epoch(record: Record, epochs: int, steps: int) ->
         assert set(of_epoch.values()) == {1}
 
 
-GENTLE = ("optimizer.lr=0.0001", "objective.gate=soft", "train.epochs=24", "train.evaluate_every_epochs=24")
+# One epoch without a checkpoint: growing makes one.
+GENTLE = ("optimizer.lr=0.0001", "objective.gate=soft", "train.epochs=1", "train.checkpoint_every_steps=null")
+STEPS = 100
+SIZE = (f"data.train_limit={8 * STEPS}", "train.batch_size=8")
 
 
 # First: Ray keeps the places of a run whose driver was killed for three minutes, and only elastic runs ask for that.
 def test_a_run_between_one_and_two_workers_takes_a_node_that_joins_and_trains_every_sample_once(
     ray_head: RayHead, cache: Path, tmp_path: Path, record: Record
 ) -> None:
-    elastic = command(cache, tmp_path, *TWO, *GENTLE, "launch.workers=[1,2]")
+    elastic = command(cache, tmp_path, *TWO, *GENTLE, *SIZE, "launch.workers=[1,2]")
+    slow = record.environment | {"PAUSE_S": "0.6"}  # time for a node to join, and for Ray to notice
     with ExitStack() as stack:
-        stack.enter_context(ray_node.joined(ray_head, "127.0.0.3", **record.environment))
+        stack.enter_context(ray_node.joined(ray_head, "127.0.0.3", **slow))
         driver = stack.enter_context(driving(ray_head, elastic, tmp_path))
-        driver.until(reached(tmp_path / "run", 3))
-        stack.enter_context(ray_node.joined(ray_head, "127.0.0.4", **record.environment))
+        driver.until(lambda: bool(list(tmp_path.glob("run/metrics.jsonl"))) and bool(metric_lines(tmp_path / "run")))
+        stack.enter_context(ray_node.joined(ray_head, "127.0.0.4", **slow))
         driver.until_said("going on with 2 worker(s), 1 before")
         driver.ends()
-    assert_each_sample_once_an_epoch(record, epochs=24, steps=120)
+    assert_each_sample_once_an_epoch(record, epochs=1, steps=STEPS)
     assert {workers for _, workers, _ in record.steps().values()} == {1, 2}
-    assert [line["step"] for line in metric_lines(tmp_path / "run") if "train" in line] == list(range(2, 121, 2))
+    steps = [line["step"] for line in metric_lines(tmp_path / "run") if "train" in line]
+    assert steps == list(range(2, STEPS + 1, 2))
     assert set(event_points(tmp_path / "run").values()) == {1}
 
-    execute(command(cache, tmp_path, *TWO, *GENTLE, "launch.workers=1", name="one"))
+    execute(command(cache, tmp_path, *TWO, *GENTLE, *SIZE, "launch.workers=1", name="one"))
     ours, expected = final_state(tmp_path / "run"), final_state(tmp_path / "one")
     for name, network in expected["networks"].items():
         for key, value in network.items():

@@ -91,7 +91,7 @@ def test_told_to_stop_it_lets_the_command_checkpoint_and_end() -> None:
         (job.checkout / "work.py").write_text(
             "import pathlib, signal, sys, time\n"
             "def stop(number, frame):\n    time.sleep(2); print('checkpoint written'); sys.exit(130)\n"
-            "signal.signal(signal.SIGINT, stop)\npathlib.Path('working').touch()\ntime.sleep(600)\n"
+            "signal.signal(signal.SIGTERM, stop)\npathlib.Path('working').touch()\ntime.sleep(600)\n"
         )
         job.command("bdkd", f"exec {sys.executable} work.py")
         process = job.sbatch("train", "digits")

@@ -52,6 +52,15 @@ def test_what_is_written_is_read(folder: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("name", ["../train-00000.beton", "/etc/passwd", "a/b.beton", ".verified.json", "", ".."])
+def test_a_manifest_that_names_a_file_outside_its_folder_is_refused(folder: Path, name: str) -> None:
+    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest["splits"]["train"][1]["file"] = name
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="cannot be read"):
+        read_manifest(folder)
+
+
 def test_the_content_depends_on_the_files_alone(folder: Path) -> None:
     found = read_manifest(folder)
     assert found.content == Prepared(Path("elsewhere"), "0", (), found.splits).content
