@@ -1,12 +1,12 @@
 """The run's numbers as JSON lines: only what the recipe determines, so equal runs have equal files byte for byte."""
 
 import json
-import os
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from bdkd_dist.engine.observer import EvalLog, StepLog
 from bdkd_dist.records.files import json_text
+from bdkd_dist.records.growing_file import GrowingFile
 
 
 class MetricLines:
@@ -21,15 +21,16 @@ class MetricLines:
 
     def __init__(self, run: Path):
         self.path = run / "metrics.jsonl"
-        self._file: BinaryIO | None = None
+        self._file: GrowingFile | None = None
         self._recorded: set[bytes] = set()
 
     def start(self, step: int, total_steps: int) -> None:
         """See :meth:`Observer.start`; drops the lines after ``step`` and one that a killed process left unfinished."""
         self.close()
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self.path.open("ab")
+        self.path.touch()
         self._recorded = _forget_after(self.path, step)
+        self._file = GrowingFile(self.path)
 
     def stepped(self, log: StepLog) -> None:
         """See :meth:`Observer.stepped`."""
@@ -43,12 +44,11 @@ class MetricLines:
     def flush(self) -> None:
         """See :meth:`Observer.flush`."""
         assert self._file is not None, "start() comes first"
-        os.fsync(self._file.fileno())
+        self._file.flush()
 
     def close(self) -> None:
         """See :meth:`Observer.close`."""
         if self._file is not None:
-            self.flush()
             self._file.close()
             self._file = None
 
@@ -57,7 +57,6 @@ class MetricLines:
         line = json_text(values)
         if line not in self._recorded:  # a run stopped in its final evaluation repeats that
             self._file.write(line)
-            self._file.flush()
 
 
 def _forget_after(path: Path, step: int) -> set[bytes]:

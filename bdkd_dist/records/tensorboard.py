@@ -3,8 +3,13 @@
 ``SummaryWriter(purge_step=…)`` only marks the restart, and readers that know nothing of the mark draw the repeated
 steps twice. Here they are taken out of the files. The mark is written all the same, for a TensorBoard that is
 running and holds the dropped points in memory.
+
+Neither is ``SummaryWriter`` what writes them: the thread that it writes in ends for good at the disk's first refusal,
+with what was recorded meanwhile.
 """
 
+import os
+import socket
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,10 +20,12 @@ from bdkd_dist.engine.observer import EvalLog, StepLog
 from bdkd_dist.records.entropy_figure import entropy_figure
 from bdkd_dist.records.figures import reliability_figure
 from bdkd_dist.records.files import atomic_write, sync
+from bdkd_dist.records.growing_file import GrowingFile
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-    from torch.utils.tensorboard import SummaryWriter
+    from tensorboard.compat.proto.event_pb2 import SessionLog
+    from tensorboard.compat.proto.summary_pb2 import Summary
 
 EVENT_FILE = "events.out.tfevents."
 RECORD_FRAME_BYTES = 16
@@ -40,28 +47,33 @@ class TensorBoardObserver:
     def __init__(self, run: Path, recipe: str):
         self.folder = run / "tensorboard"
         self.recipe = recipe
-        self._writer: SummaryWriter | None = None
+        self._file: GrowingFile | None = None
         self._recorded: set[tuple[str, int]] = set()
 
     def start(self, step: int, total_steps: int) -> None:
         """See :meth:`Observer.start`; drops the events after ``step`` from the files of an interrupted run."""
-        from torch.utils.tensorboard import SummaryWriter
+        from tensorboard.compat.proto.event_pb2 import SessionLog
+        from torch.utils.tensorboard.summary import text
 
         self.close()
         self.folder.mkdir(parents=True, exist_ok=True)
         self._recorded = forget_after(self.folder, step)
         _sort_before_now(self.folder)
-        self._writer = SummaryWriter(str(self.folder), purge_step=step + 1)
+        self._file = GrowingFile(
+            self.folder / f"{EVENT_FILE}{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}"
+        )
+        self._add(file_version="brain.Event:2")
+        self._add(step=step + 1, session_log=SessionLog(status=SessionLog.START))
         if ("recipe/text_summary", 0) not in self._recorded:
-            self._writer.add_text("recipe", f"```yaml\n{self.recipe}```", 0)
+            self._add(step=0, summary=text("recipe", f"```yaml\n{self.recipe}```"))
         self.flush()
         sync(self.folder)
 
     def stepped(self, log: StepLog) -> None:
         """See :meth:`Observer.stepped`."""
         for tag, value in log.scalars.items():
-            self._open.add_scalar(tag, value, log.step)
-        self._open.add_scalar("speed/images_per_s", log.images_per_s, log.step)
+            self._add_scalar(tag, value, log.step)
+        self._add_scalar("speed/images_per_s", log.images_per_s, log.step)
 
     def evaluated(self, log: EvalLog) -> None:
         """See :meth:`Observer.evaluated`.
@@ -74,7 +86,7 @@ class TensorBoardObserver:
             for metric, value in diagnosis.metrics.items():
                 tag = f"{split}/{network}/{metric}"
                 if metric != "count" and (tag, log.step) not in self._recorded:
-                    self._open.add_scalar(tag, value, log.step)
+                    self._add_scalar(tag, value, log.step)
             tag = f"{split}/{network}/reliability"
             if (tag, log.step) not in self._recorded:
                 self._add_figure(tag, reliability_figure({network: diagnosis}), log.step)
@@ -84,24 +96,32 @@ class TensorBoardObserver:
                 self._add_figure(tag, entropy_figure(entropies, log.entropies["teacher"], network), log.step)
 
     def flush(self) -> None:
-        """See :meth:`Observer.flush`. SummaryWriter's flush waits for its queue but not for the disk."""
-        self._open.flush()
-        sync(event_files(self.folder)[-1])
+        """See :meth:`Observer.flush`."""
+        assert self._file is not None, "start() comes first"
+        self._file.flush()
 
     def close(self) -> None:
         """See :meth:`Observer.close`."""
-        if self._writer is not None:
-            self.flush()
-            self._writer.close()
-            self._writer = None
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _add_scalar(self, tag: str, value: float, step: int) -> None:
+        from torch.utils.tensorboard.summary import scalar
+
+        self._add(step=step, summary=scalar(tag, value))
 
     def _add_figure(self, tag: str, figure: "Figure", step: int) -> None:
-        self._open.add_image(tag, _pixels(figure), step, dataformats="HWC")
+        from torch.utils.tensorboard.summary import image
 
-    @property
-    def _open(self) -> "SummaryWriter":
-        assert self._writer is not None, "start() comes first"
-        return self._writer
+        self._add(step=step, summary=image(tag, _pixels(figure), dataformats="HWC"))
+
+    def _add(self, **fields: "int | str | Summary | SessionLog") -> None:
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        assert self._file is not None, "start() comes first"
+        RecordWriter(self._file).write(Event(wall_time=time.time(), **fields).SerializeToString())
 
 
 def event_files(folder: Path) -> list[Path]:
