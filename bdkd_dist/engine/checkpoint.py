@@ -3,6 +3,7 @@
 import io
 import os
 import time
+import uuid
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -47,10 +48,16 @@ class Checkpoints:
     def check(self) -> None:
         """Raise where this process may not write any more; here it always may."""
 
+    def set_aside(self, damaged: Sequence[Path]) -> None:
+        """Told of the damaged checkpoints that are newer than the one gone on from; here they stay, whosever they are.
+
+        One that stays in a training run takes a whole one's place among the newest.
+        """
+
     def save(self, step: int, state: dict[str, Any]) -> Path:
         """Write the state of ``step`` so that it is whole or absent, and drop all but the newest ones.
 
-        What the disk refuses is tried again for a while (see :func:`patiently`).
+        What the disk refuses is tried again for a while (see :func:`patiently`), each time after :meth:`check`.
 
         Raises:
             UserError: The disk is full or the folder not writable.
@@ -58,7 +65,12 @@ class Checkpoints:
         content = io.BytesIO()
         torch.save({"format": FORMAT, "step": step, **state}, content)
         path = self.folder / f"step-{step:08d}.pt"
-        patiently(lambda: _write(path, content.getbuffer()), self.warn, self.pause)
+
+        def write() -> None:
+            self.check()
+            _write(path, content.getbuffer())
+
+        patiently(write, self.warn, self.pause)
         for old in self.paths()[:-KEPT]:
             with suppress(OSError):  # the next one does it
                 old.unlink()
@@ -89,7 +101,11 @@ class Checkpoints:
             raise UserError(
                 f"no checkpoint in {self.name(self.folder)} is readable; delete that folder to train from the start"
             )
-        return found or (None, b"")
+        if found is None:
+            return None, b""
+        path, state, content = found
+        self.set_aside(paths[paths.index(path) + 1 :])
+        return state, content
 
 
 def load_teacher(network: nn.Module, where: str | Path) -> None:
@@ -134,26 +150,28 @@ def _teacher_state(place: Place) -> dict[str, Any] | None:
         return None
     files = [file for file in checkpoints.listing()[0] if file.path.startswith("step-") and file.path.endswith(".pt")]
     found = _newest_whole(files, checkpoints.read, lambda file: checkpoints.where(file.path), print)
-    return None if found is None else found[0]
+    return None if found is None else found[1]
 
 
 def _newest_whole(
     files: Sequence[F], read: Callable[[F], bytes], name: Callable[[F], str], warn: Callable[[str], None]
-) -> tuple[dict[str, Any], bytes] | None:
-    """Return state and bytes of the last file that is whole, saying which ones are not."""
+) -> tuple[F, dict[str, Any], bytes] | None:
+    """Return the last file that is whole, its state and its bytes, saying which ones are not."""
     for file in reversed(files):
         content = read(file)
         try:
-            return loads(content), content
+            return file, loads(content), content
         except Exception as error:  # torch raises many kinds for a cut or altered file
             warn(f"{name(file)} is not a whole checkpoint ({type(error).__name__}); falling back to the one before")
     return None
 
 
 def _write(path: Path, content: memoryview) -> None:
-    partial = path.with_suffix(".partial")
+    partial = path.with_suffix(f".{uuid.uuid4().hex}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        for leftover in path.parent.glob("step-*.partial"):  # of killed processes, and of attempts given up for lost
+            leftover.unlink(missing_ok=True)
         with partial.open("wb") as file:
             file.write(content)
             file.flush()

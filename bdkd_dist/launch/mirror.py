@@ -3,20 +3,24 @@
 import json
 import shutil
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
 from bdkd_dist.engine.checkpoint import KEPT, Checkpoints
-from bdkd_dist.engine.patience import patiently
+from bdkd_dist.engine.patience import STORAGE_PATIENCE_S, patiently
 from bdkd_dist.errors import UserError
-from bdkd_dist.launch.lease import Attempt
+from bdkd_dist.launch.lease import Attempt, Superseded
 from bdkd_dist.launch.run_folder import RunFolder
 from bdkd_dist.records.files import json_text
-from bdkd_dist.records.tensorboard import event_files
+from bdkd_dist.records.tensorboard import EVENT_FILE, event_files
 
 BEAT_S = 1.0
+SILENT_S = STORAGE_PATIENCE_S + 300.0
+"""A storage that neither takes nor refuses a file for so long hangs: who waits for it is no longer said to live."""
 METRICS = "metrics.jsonl"
 RECORDS = "records.json"
 """Names the event files that count: one that was sent under a new name does so once the old one does not."""
@@ -38,7 +42,7 @@ class RunCheckpoints(Checkpoints):
         super().__init__(run.checkpoints, warn, run.name)
         self._run, self._beat = run, beat
         self._attempt = Attempt(run.place, warn)
-        self._mirror = Mirror(run, self._attempt.check, warn) if run.is_remote else None
+        self._mirror = Mirror(run, self._attempt.check, warn, beat) if run.is_remote else None
 
     def check(self) -> None:
         """See :meth:`Checkpoints.check`; raises Superseded where another attempt began."""
@@ -49,9 +53,16 @@ class RunCheckpoints(Checkpoints):
         self._beat()
         super().pause(seconds)
 
+    def set_aside(self, damaged: Sequence[Path]) -> None:
+        """See :meth:`Checkpoints.set_aside`; those at a URI are removed there with the next one that is sent."""
+        if damaged:
+            self.check()
+        for path in damaged:
+            with suppress(OSError):
+                path.rename(f"{path}.damaged")
+
     def save(self, step: int, state: dict[str, Any]) -> Path:
         """See :meth:`Checkpoints.save`; returns before it has travelled, but not before the one before it has."""
-        self.check()
         self.wait()
         path = super().save(step, state)
         if self._mirror is not None:
@@ -61,7 +72,7 @@ class RunCheckpoints(Checkpoints):
     def wait(self) -> None:
         """Wait until all that was saved lies where it belongs."""
         if self._mirror is not None:
-            self._mirror.wait(self._beat)
+            self._mirror.wait()
 
     def __enter__(self) -> "RunCheckpoints":
         return self
@@ -98,14 +109,22 @@ class Mirror:
         run: The run's folder, at a URI; what a run goes on from is brought here from it.
         check: Raises where this attempt may write no more.
         say: Says one line to the person.
+        beat: Called every second of a wait, unless the storage hangs.
     """
 
-    def __init__(self, run: RunFolder, check: Callable[[], None], say: Callable[[str], None]):
-        self._run, self._check, self._say = run, check, say
+    def __init__(
+        self,
+        run: RunFolder,
+        check: Callable[[], None],
+        say: Callable[[str], None],
+        beat: Callable[[], None] = lambda: None,
+    ):
+        self._run, self._check, self._say, self._beat = run, check, say, beat
         self._sent: set[tuple[Any, ...]] = set()
         self._event_files: list[str] = []
         self._thread: threading.Thread | None = None
         self._failure: Exception | None = None
+        self._heard_s = 0.0  # when the storage last took or refused something
         self._stop = threading.Event()
         self._pull()
 
@@ -113,14 +132,16 @@ class Mirror:
         """Send the records as they are now, then the checkpoints, in a thread."""
         self.wait()
         arguments = (self._records(), [path.name for path in event_files(self._run.tensorboard)], self._checkpoints())
+        self._heard_s = time.monotonic()
         self._thread = threading.Thread(target=self._in_thread, args=arguments, name="mirror", daemon=True)
         self._thread.start()
 
-    def wait(self, beat: Callable[[], None] = lambda: None) -> None:
+    def wait(self) -> None:
         """Wait for the push that is under way, and raise what ended it."""
         if self._thread is not None:
             while self._thread.is_alive():
-                beat()
+                if time.monotonic() - self._heard_s < SILENT_S:
+                    self._beat()
                 self._thread.join(BEAT_S)
             self._thread = None
         if self._failure is not None:
@@ -130,6 +151,8 @@ class Mirror:
         """Send what was recorded since the last push and wait for it, or, not ``in_order``, leave all as it is."""
         if not in_order:
             self._stop.set()
+            if self._thread is not None and self._thread.is_alive():
+                self._run.unsent = True
         elif self._failure is None:
             self.push()
             self.wait()
@@ -163,30 +186,37 @@ class Mirror:
             self._send_all(*arguments)
         except _Stopped:
             pass
-        except UserError as error:
-            self._run.unsent = True
-            self._failure = UserError(
-                f"{error}; the last good checkpoint is kept, and the same command goes on from it; what could not be "
-                f"sent lies in {self._run.path} until then"
-            )
-        except Exception as error:  # raised where the training waits for this
+        except Superseded as error:  # what is here is nobody's any more
             self._failure = error
+        except Exception as error:  # raised where the training waits for this
+            self._run.unsent = True
+            self._failure = error
+            if isinstance(error, UserError):
+                self._failure = UserError(
+                    f"{error}; the last good checkpoint is kept, and the same command goes on from it; what could not "
+                    f"be sent lies in {self._run.path} until then"
+                )
 
     def _send_all(self, records: list[_Record], event_files: list[str], checkpoints: list[_Record]) -> None:
         for record in records:
             self._send(record)
         if event_files != self._event_files:
             self._write(RECORDS, json_text({"event_files": event_files}))
-            dropped = set(self._event_files) - set(event_files)
             self._event_files = event_files
-            for name in dropped:
-                self._delete(f"{self._run.tensorboard.name}/{name}")
+        # Also those that an attempt sent which was killed before they counted.
+        for name in set(self._try(self._sent_event_files)) - set(event_files):
+            self._delete(f"{self._run.tensorboard.name}/{name}")
         for checkpoint in checkpoints:
             self._send(checkpoint)
         # Also those that an attempt which was given up for lost has sent meanwhile.
         kept = {Path(checkpoint.name).name for checkpoint in checkpoints}
         for name in set(self._try(self._run.kept)) - kept:
             self._delete(f"{self._run.checkpoints.name}/{name}")
+
+    def _sent_event_files(self) -> list[str]:
+        folder = self._run.place / self._run.tensorboard.name
+        names = [file.path for file in folder.listing()[0]] if folder.is_folder() else []
+        return [name for name in names if name.startswith(EVENT_FILE)]
 
     def _send(self, record: _Record) -> None:
         if record not in self._sent:
@@ -204,6 +234,7 @@ class Mirror:
         """Return what an action returns, tried again as long as this attempt is the newest."""
 
         def checked() -> Any:
+            self._heard_s = time.monotonic()
             self._check()
             return action()
 

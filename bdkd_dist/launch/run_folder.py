@@ -234,9 +234,11 @@ class RunFolder:
                 name, content = file.relative_to(self.path).as_posix(), file.read_bytes()
                 try:
                     patiently(lambda name=name, content=content: self.place.write(name, content), say)  # type: ignore[misc]
-                except UserError as error:
+                except BaseException as error:
                     self.unsent = True
-                    raise UserError(f"{error}; what could not be sent lies in {self.path}") from None
+                    if isinstance(error, UserError):
+                        raise UserError(f"{error}; what could not be sent lies in {self.path}") from None
+                    raise
 
     def discard(self) -> None:
         """Remove what is worked on here, all of which lies at the run's URI."""

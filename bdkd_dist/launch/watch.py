@@ -34,21 +34,21 @@ class Watch(Control):
         self._relay = relay
         self._done = 0
         self._wish = Wish.GO_ON
-        self._checkpointed = False
+        self._checkpointing = False
         threading.Thread(target=self._talk, name="watch", daemon=True).start()
 
     def beat(self) -> None:
         """See :meth:`Control.beat`."""
         self._done += 1
-        if self._checkpointed:
-            self._checkpointed = False
-            self._relay.done.remote("checkpoint")
 
     def wish(self) -> Wish:
         """See :meth:`Control.wish`. Rank 0 speaks for all: the others might hear of it a step later."""
+        if self._checkpointing:  # it was wished for the last time, and is there
+            self._checkpointing = False
+            self._relay.done.remote("checkpoint")
         wish = self._wish if self._beat.rank == 0 else Wish.GO_ON
         if wish == Wish.CHECKPOINT:
-            self._wish, self._checkpointed = Wish.GO_ON, True  # by the next beat that is done
+            self._wish, self._checkpointing = Wish.GO_ON, True
         return wish
 
     def is_current(self) -> bool:

@@ -1,8 +1,10 @@
 """One training process from end to end: data, pair, loop, final evaluation, records. The same under every launcher."""
 
 import os
-from collections.abc import Callable
-from contextlib import ExitStack
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -15,17 +17,20 @@ from bdkd_dist.data.order import rank_shard
 from bdkd_dist.engine import distributed
 from bdkd_dist.engine.checkpoint import Checkpoints
 from bdkd_dist.engine.control import Control
-from bdkd_dist.engine.evaluate import calibrated, predictions
+from bdkd_dist.engine.evaluate import Outputs, calibrated, predictions
 from bdkd_dist.engine.loop import Trainer
 from bdkd_dist.engine.observer import NetworkDiagnosis, Observer, Observers
 from bdkd_dist.errors import UserError, first_line
-from bdkd_dist.launch.mirror import RunCheckpoints
+from bdkd_dist.launch.mirror import BEAT_S, RunCheckpoints
 from bdkd_dist.launch.run_folder import RunFolder
 from bdkd_dist.records.figures import reliability_figure, save_png
 from bdkd_dist.records.metric_lines import MetricLines
 from bdkd_dist.records.predictions import write_predictions
 from bdkd_dist.records.results import write_results
 from bdkd_dist.records.tensorboard import TensorBoardObserver
+
+FINISHED_WITHIN_S = 3600.0
+"""Calibrating, drawing and sending the results take minutes; what takes longer than this hangs."""
 
 
 def work(
@@ -109,8 +114,32 @@ def finish(trainer: Trainer, folder: RunFolder) -> None:
         indices = getattr(dataset, split).indices
         batches = rank_shard(indices, recipe.train.batch_size, trainer.rank, trainer.world)
         outputs[split] = trainer.evaluator.outputs(trainer.loaders[split], batches)
-    results, states = calibrated(outputs["validation"], outputs["test"], recipe.data.num_classes)
-    gathered = predictions(outputs["test"])
+    with beating(trainer.control.beat):
+        _record(trainer, folder, outputs["validation"], outputs["test"])
+
+
+@contextmanager
+def beating(beat: Callable[[], None]) -> Iterator[None]:
+    """Call ``beat`` every second of a block that has no steps, for :data:`FINISHED_WITHIN_S` at most."""
+    ended, until = threading.Event(), time.monotonic() + FINISHED_WITHIN_S
+
+    def run() -> None:
+        while not ended.wait(BEAT_S) and time.monotonic() < until:
+            beat()
+
+    thread = threading.Thread(target=run, name="beating", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def _record(trainer: Trainer, folder: RunFolder, validation: Outputs, test: Outputs) -> None:
+    recipe, dataset = trainer.recipe, trainer.dataset
+    results, states = calibrated(validation, test, recipe.data.num_classes)
+    gathered = predictions(test)
     if gathered is None:
         return
     trainer.checkpoints.check()

@@ -11,6 +11,7 @@ with what was recorded meanwhile.
 import os
 import socket
 import time
+import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -59,9 +60,8 @@ class TensorBoardObserver:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._recorded = forget_after(self.folder, step)
         _sort_before_now(self.folder)
-        self._file = GrowingFile(
-            self.folder / f"{EVENT_FILE}{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}"
-        )
+        name = f"{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex[:8]}"
+        self._file = GrowingFile(self.folder / f"{EVENT_FILE}{name}")
         self._add(file_version="brain.Event:2")
         self._add(step=step + 1, session_log=SessionLog(status=SessionLog.START))
         if ("recipe/text_summary", 0) not in self._recorded:

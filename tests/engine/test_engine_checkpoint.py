@@ -1,5 +1,6 @@
 """Checkpoints are whole or absent, and a cut one falls back to the one before."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,25 @@ def test_only_the_newest_are_kept(tmp_path: Path) -> None:
         checkpoints.save(step, {})
     assert len(list(tmp_path.iterdir())) == KEPT
     assert checkpoints.paths()[-1].name == "step-99999999.pt"
+
+
+def test_each_write_has_a_file_of_its_own_and_removes_what_killed_ones_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("step-00000001.partial", "step-00000007.0123.partial"):
+        (tmp_path / name).write_bytes(b"half")
+    seen: list[str] = []
+    fsync = os.fsync
+
+    def look(descriptor: int) -> None:
+        seen.extend(path.name for path in tmp_path.glob("*.partial"))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", look)
+    for _ in range(2):
+        Checkpoints(tmp_path).save(7, {})
+    assert len(seen) == len(set(seen)) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000007.pt"]
 
 
 @pytest.mark.parametrize("damage", ["cut", "emptied", "overwritten"])

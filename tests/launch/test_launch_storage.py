@@ -4,9 +4,16 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
+import threading
+import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -17,12 +24,14 @@ from s3_server import ACCESS, CREDENTIALS, SECRET, Storage, serve
 from bdkd_dist import config, models
 from bdkd_dist.data.node_folder import node_folder
 from bdkd_dist.data.sources.storage import Place
-from bdkd_dist.engine.checkpoint import load_teacher
+from bdkd_dist.engine.checkpoint import Checkpoints, load_teacher
+from bdkd_dist.engine.observer import StepLog
 from bdkd_dist.errors import UserError
-from bdkd_dist.launch import lease, run_folder
+from bdkd_dist.launch import lease, mirror, run_folder, worker
 from bdkd_dist.launch.lease import Lease, Superseded
 from bdkd_dist.launch.mirror import RECORDS, RunCheckpoints
 from bdkd_dist.launch.run_folder import RunFolder
+from bdkd_dist.records.tensorboard import TensorBoardObserver
 
 QUICK = """
 from bdkd_dist.engine import patience
@@ -353,6 +362,289 @@ def test_an_event_file_that_was_sent_under_a_new_name_counts_once(storage: Stora
     with RunCheckpoints(third, print):
         (third.tensorboard / old).rename(third.tensorboard / new)
     assert [name for name in storage.keys("runs/renamed") if "tfevents" in name] == [f"tensorboard/{new}"]
+
+
+class Killed(Exception):
+    """The process ends here."""
+
+
+def kill_at(monkeypatch: pytest.MonkeyPatch, method: str, name: str) -> None:
+    """Let a method of a store raise for files of this name."""
+    real = getattr(Place, method)
+
+    def raises(self: Place, path: str, *content: bytes) -> None:
+        if name in path:
+            raise Killed
+        real(self, path, *content)
+
+    monkeypatch.setattr(Place, method, raises)
+
+
+def attempt(uri: str, steps: int) -> None:
+    """Go on from what lies there, for so many steps that are checkpoints too."""
+    run = RunFolder(uri)
+    with RunCheckpoints(run, print) as checkpoints:
+        state, _ = checkpoints.read_newest()
+        begun = 0 if state is None else state["step"]
+        observer = TensorBoardObserver(run.path, "recipe")
+        observer.start(begun, 9)
+        try:
+            for step in range(begun + 1, begun + steps + 1):
+                observer.stepped(StepLog(step, 9, 0, {"train/loss": float(step)}, 1.0, 1.0))
+                observer.flush()
+                checkpoints.save(step, {})
+                checkpoints.wait()
+        finally:
+            observer.close()
+
+
+@pytest.mark.parametrize("whole_before", [0, 2])
+def test_attempts_killed_before_their_event_file_counts_leave_each_point_once(
+    storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole_before: int
+) -> None:
+    name, nodes = f"runs/killed-early-{whole_before}", count(1)
+    monkeypatch.setattr(socket, "gethostname", lambda: f"node-{next(nodes)}")  # event files are named after it
+    if whole_before:
+        attempt(storage.uri(name), whole_before)
+    for _ in range(2):
+        with monkeypatch.context() as patch:
+            kill_at(patch, "write", RECORDS)
+            with pytest.raises(Killed):
+                attempt(storage.uri(name), 1)
+    assert max(event_points(storage.copy_to(name, tmp_path / "before")).values()) > 1  # they did send theirs
+    attempt(storage.uri(name), 2)
+    points = event_points(storage.copy_to(name, tmp_path / "after"))
+    tags = ("train/loss", "speed/images_per_s")
+    expected = {(tag, step) for tag in tags for step in range(1, whole_before + 3)} | {("recipe/text_summary", 0)}
+    assert points == dict.fromkeys(expected, 1)
+
+
+def test_an_attempt_killed_before_it_removes_an_old_event_file_leaves_it_to_the_next(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri = storage.uri("runs/killed-late")
+    old, new = (f"events.out.tfevents.{name}" for name in ("0000000009.host", "0000000000.earlier"))
+    run = RunFolder(uri)
+    with RunCheckpoints(run, print):
+        run.tensorboard.mkdir()
+        (run.tensorboard / old).write_bytes(b"points")
+    run = RunFolder(uri)
+    with monkeypatch.context() as patch:
+        kill_at(patch, "delete", old)
+        with pytest.raises(Killed), RunCheckpoints(run, print):
+            (run.tensorboard / old).rename(run.tensorboard / new)
+    assert [name for name in storage.keys("runs/killed-late") if "tfevents" in name] == [
+        f"tensorboard/{new}",
+        f"tensorboard/{old}",
+    ]
+    storage.write("runs/killed-late/tensorboard/plugins.txt", b"of somebody else")
+    with RunCheckpoints(RunFolder(uri), print):
+        pass
+    assert [name for name in storage.keys("runs/killed-late") if name.startswith("tensorboard/")] == [
+        f"tensorboard/{new}",
+        "tensorboard/plugins.txt",
+    ]
+
+
+def test_a_damaged_checkpoint_takes_no_whole_ones_place(place: Place) -> None:
+    with RunCheckpoints(RunFolder(place.root), print) as checkpoints:
+        for step in (4, 9):
+            checkpoints.save(step, {})
+    place.write("checkpoints/step-00000009.pt", b"damaged")
+    run = RunFolder(place.root)
+    with RunCheckpoints(run, print) as checkpoints:
+        state, _ = checkpoints.read_newest()
+        assert state is not None
+        assert state["step"] == 4
+        assert (run.checkpoints / "step-00000009.pt.damaged").read_bytes() == b"damaged"
+        checkpoints.save(5, {})
+    assert RunFolder(place.root).kept() == ["step-00000004.pt", "step-00000005.pt"]
+
+
+def test_where_no_checkpoint_is_whole_the_next_attempt_does_not_start_from_scratch(place: Place) -> None:
+    for step in (4, 9):
+        place.write(f"checkpoints/step-{step:08d}.pt", b"damaged")
+    for _ in range(2):
+        with pytest.raises(UserError, match="no checkpoint in"), RunCheckpoints(RunFolder(place.root), print) as kept:
+            kept.read_newest()
+
+
+def test_an_evaluation_leaves_a_damaged_checkpoint_where_it_is(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(4, {})
+    checkpoints.save(9, {}).write_bytes(b"damaged")
+    state, _ = checkpoints.read_newest()
+    assert state is not None
+    assert state["step"] == 4
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000004.pt", "step-00000009.pt"]
+
+
+def test_an_attempt_superseded_while_the_disk_refuses_saves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = RunFolder(tmp_path)
+    older = RunCheckpoints(run, print)
+    run.checkpoints.write_text("in the way of the folder")
+
+    def pause(seconds: float) -> None:
+        RunCheckpoints(RunFolder(tmp_path), print)
+        run.checkpoints.unlink()
+
+    monkeypatch.setattr(older, "pause", pause)
+    with pytest.raises(Superseded):
+        older.save(1, {})
+    assert not run.checkpoints.exists()
+
+
+@dataclass
+class Held:
+    """A store that answers no write while it is held."""
+
+    closed: threading.Event = field(default_factory=threading.Event)
+    let_go: threading.Event = field(default_factory=threading.Event)
+    asked: threading.Event = field(default_factory=threading.Event)
+
+
+@pytest.fixture
+def held(storage: Storage) -> Iterator[Held]:
+    held = Held()
+
+    def refuses(method: str, key: str) -> bool:
+        if held.closed.is_set() and method in ("PUT", "POST"):
+            held.asked.set()
+            held.let_go.wait(60)
+        return False
+
+    storage.refuses = refuses
+    yield held
+    held.let_go.set()
+    storage.refuses = lambda method, key: False
+
+
+def test_the_last_push_beats(storage: Storage, monkeypatch: pytest.MonkeyPatch, held: Held) -> None:
+    monkeypatch.setattr(mirror, "BEAT_S", 0.02)
+    beats: list[int] = []
+
+    def beat() -> None:
+        beats.append(1)
+        if held.asked.is_set():
+            held.let_go.set()
+
+    run = RunFolder(storage.uri("runs/beaten"))
+    with RunCheckpoints(run, print, beat):
+        (run.path / "metrics.jsonl").write_text("{}\n")
+        held.closed.set()
+    assert beats
+    assert held.asked.wait(0)
+    assert held.let_go.wait(0)  # by a beat, while the store was asked
+
+
+def test_a_push_that_hangs_is_not_said_to_live(storage: Storage, monkeypatch: pytest.MonkeyPatch, held: Held) -> None:
+    monkeypatch.setattr(mirror, "BEAT_S", 0.05)
+    monkeypatch.setattr(mirror, "SILENT_S", 0.3)
+    beats: list[int] = []
+    with RunCheckpoints(RunFolder(storage.uri("runs/hanging")), print, lambda: beats.append(1)) as checkpoints:
+        held.closed.set()
+        checkpoints.save(1, {})
+        waiting = threading.Thread(target=checkpoints.wait)
+        waiting.start()
+        assert held.asked.wait(60)
+        before = len(beats)
+        time.sleep(2)
+        after = len(beats)
+        held.let_go.set()
+        waiting.join()
+    assert after - before <= 7  # 0.05 s and more lie between two; for ever would be 40
+
+
+def test_a_run_beats_while_it_calibrates_and_no_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "BEAT_S", 0.02)
+    beaten = threading.Event()
+    beats: list[int] = []
+
+    def beat() -> None:
+        beats.append(1)
+        beaten.set()
+
+    def calibrated(*_: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        assert beaten.wait(60)
+        return {}, {}
+
+    monkeypatch.setattr(worker, "calibrated", calibrated)
+    monkeypatch.setattr(worker, "predictions", lambda outputs: None)
+    monkeypatch.setattr(worker, "rank_shard", lambda *_: [])
+    recipe = config.load("digits", [])
+    trainer = SimpleNamespace(
+        recipe=recipe,
+        dataset=SimpleNamespace(validation=SimpleNamespace(indices=[]), test=SimpleNamespace(indices=[])),
+        evaluator=SimpleNamespace(outputs=lambda loader, batches: None),
+        loaders={"validation": None, "test": None},
+        control=SimpleNamespace(beat=beat),
+        rank=0,
+        world=1,
+    )
+    worker.finish(trainer, None)  # type: ignore[arg-type]
+    counted = len(beats)
+    time.sleep(0.1)
+    assert len(beats) == counted
+
+
+def test_beats_go_on_for_no_longer_than_a_run_may_take_to_finish(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "BEAT_S", 0.05)
+    monkeypatch.setattr(worker, "FINISHED_WITHIN_S", 0.3)
+    beats: list[int] = []
+    with worker.beating(lambda: beats.append(1)):
+        time.sleep(1.5)
+    assert len(beats) <= 6
+
+
+@pytest.mark.parametrize(("error", "kept"), [(MemoryError, True), (Superseded, False)])
+def test_what_did_not_reach_the_store_is_kept_unless_it_is_nobodys(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch, error: type[Exception], kept: bool
+) -> None:
+    run = RunFolder(storage.uri(f"runs/unsent-{kept}"))
+    checkpoints = RunCheckpoints(run, print)
+
+    def raises(self: Place, path: str, content: bytes) -> None:
+        raise error
+
+    monkeypatch.setattr(Place, "write", raises)
+    checkpoints.save(1, {})
+    with pytest.raises(error):
+        checkpoints.wait()
+    checkpoints.__exit__(error, error(), None)
+    run.discard()  # as the process does when it ends
+    assert (run.checkpoints / "step-00000001.pt").is_file() == kept
+    run.unsent = False
+    run.discard()
+
+
+def test_results_that_could_not_be_sent_are_kept(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = RunFolder(storage.uri("runs/unsent-results"))
+    run.results.write_text("{}")
+
+    def raises(self: Place, path: str, content: bytes) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(Place, "write", raises)
+    with pytest.raises(MemoryError):
+        run.push(run.results)
+    run.discard()
+    assert run.results.is_file()
+    run.unsent = False
+    run.discard()
+
+
+def test_a_checkpoint_under_way_when_the_process_is_interrupted_is_kept(storage: Storage, held: Held) -> None:
+    run = RunFolder(storage.uri("runs/interrupted"))
+    checkpoints = RunCheckpoints(run, print)
+    held.closed.set()
+    checkpoints.save(1, {})
+    checkpoints.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
+    run.discard()
+    assert (run.checkpoints / "step-00000001.pt").is_file()
+    run.unsent = False
+    run.discard()
 
 
 def test_a_lease_is_kept_while_its_holder_lives_and_taken_when_it_does_not(
