@@ -225,8 +225,12 @@ def read_verified(folder: Path) -> dict[str, list[Any]]:
 def write_json(path: Path, value: Any) -> None:
     """Write beside and rename, so that no reader sees half a file."""
     beside = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    with beside.open("w") as file:
-        json.dump(value, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
+    try:
+        with beside.open("w") as file:
+            json.dump(value, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    except OSError:  # a full disk
+        beside.unlink(missing_ok=True)
+        raise
