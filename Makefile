@@ -25,7 +25,7 @@ test: check  ## everything
 	@$(PYTEST) -m "slow and not cluster"
 	@$(CLUSTER)
 
-cluster-test: setup  ## faults and growth on several Ray nodes (part of `make test`)
+cluster-test: setup  ## on Ray nodes: faults, growth, jobs (part of `make test`)
 	@$(CLUSTER)
 
 # The lock names no index, so it works with any mirror; torch and torchvision are a pair that was built together.

@@ -52,6 +52,7 @@ def ends_clean(job: Slurm) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.cluster
 @pytest.mark.ray
 def test_the_command_sees_all_nodes_and_its_status_is_the_scripts() -> None:
     with slurm(TWO_NODES) as job:
@@ -71,6 +72,7 @@ def test_the_command_sees_all_nodes_and_its_status_is_the_scripts() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.cluster
 @pytest.mark.ray
 def test_two_nodes_train_a_recipe_to_its_end(cache: Path, tmp_path: Path) -> None:
     places = [f"data.prepared={cache}", f"run.storage={tmp_path}", "run.name=run"]
@@ -85,6 +87,7 @@ def test_two_nodes_train_a_recipe_to_its_end(cache: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
+@pytest.mark.cluster
 @pytest.mark.ray
 def test_told_to_stop_it_lets_the_command_checkpoint_and_end() -> None:
     with slurm({"n2": "127.0.0.2"}) as job:

@@ -79,6 +79,7 @@ def small(cache: Path, storage: Path, *more: str) -> list[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.cluster
 @pytest.mark.ray
 def test_a_job_trains_own_networks_from_another_folder_and_ends_as_it_ends(
     cluster: RayHead, cache: Path, project: Path, tmp_path: Path
@@ -98,6 +99,7 @@ def test_a_job_trains_own_networks_from_another_folder_and_ends_as_it_ends(
 
 
 @pytest.mark.slow
+@pytest.mark.cluster
 @pytest.mark.ray
 def test_a_job_that_fails_ends_with_the_commands_status(
     cluster: RayHead, cache: Path, project: Path, tmp_path: Path
@@ -114,6 +116,7 @@ def test_a_job_that_fails_ends_with_the_commands_status(
 
 
 @pytest.mark.slow
+@pytest.mark.cluster
 @pytest.mark.ray
 def test_a_stopped_job_goes_on_with_the_same_submit(
     cluster: RayHead, cache: Path, project: Path, tmp_path: Path
@@ -148,6 +151,7 @@ def test_a_stopped_job_goes_on_with_the_same_submit(
 
 
 @pytest.mark.slow
+@pytest.mark.cluster
 @pytest.mark.ray
 def test_an_unknown_job_and_a_wrong_token_are_one_line(cluster: RayHead, project: Path) -> None:
     unknown = bdkd(cluster, "jobs", "stop", "raysubmit_x", cwd=project, status=2).stderr

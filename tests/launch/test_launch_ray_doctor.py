@@ -47,6 +47,7 @@ def doctor(cluster: RayHead, folder: Path, *options: str, status: int) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.cluster
 @pytest.mark.ray
 def test_healthy_nodes_that_share_a_store_end_with_success(cluster: RayHead, tmp_path: Path) -> None:
     with s3_server.serve() as store:
@@ -60,6 +61,7 @@ def test_healthy_nodes_that_share_a_store_end_with_success(cluster: RayHead, tmp
 
 
 @pytest.mark.slow
+@pytest.mark.cluster
 @pytest.mark.ray
 def test_a_node_with_other_code_and_a_gpu_that_is_not_there_is_found(cluster: RayHead, tmp_path: Path) -> None:
     shutil.copytree(PACKAGE, tmp_path / "other/bdkd_dist", ignore=shutil.ignore_patterns("__pycache__"))
@@ -82,6 +84,7 @@ def test_a_node_with_other_code_and_a_gpu_that_is_not_there_is_found(cluster: Ra
 
 
 @pytest.mark.slow
+@pytest.mark.cluster
 @pytest.mark.ray
 def test_a_node_that_does_not_answer_is_a_row_and_no_hang(cluster: RayHead, tmp_path: Path) -> None:
     with ray_node.joined(cluster, OTHER) as raylet:
@@ -104,6 +107,7 @@ def test_a_node_that_does_not_answer_is_a_row_and_no_hang(cluster: RayHead, tmp_
 
 
 @pytest.mark.slow
+@pytest.mark.cluster
 @pytest.mark.ray
 def test_a_storage_that_is_not_there_is_said_at_once(cluster: RayHead, tmp_path: Path) -> None:
     said = doctor(cluster, tmp_path, "--storage", str(tmp_path / "absent"), status=2)
