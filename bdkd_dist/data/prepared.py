@@ -231,6 +231,6 @@ def write_json(path: Path, value: Any) -> None:
             file.flush()
             os.fsync(file.fileno())
         beside.replace(path)
-    except OSError:  # a full disk
+    except BaseException:  # a full disk, Ctrl-C
         beside.unlink(missing_ok=True)
         raise
