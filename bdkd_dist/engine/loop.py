@@ -154,7 +154,9 @@ class Trainer:
             Interrupted: ``control`` wants it to stop; the state is kept.
             Diverged: A loss is not finite; the checkpoint before it is kept.
         """
-        self.observer.start(self.step, self.total_steps)
+        patiently(
+            lambda: self.observer.start(self.step, self.total_steps), self.checkpoints.warn, self.checkpoints.pause
+        )
         self._clock, self._clock_step = time.perf_counter(), self.step
         self.pair.train()
         while self.epoch < self.recipe.train.epochs:

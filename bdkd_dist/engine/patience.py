@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from bdkd_dist.errors import UserError
+from bdkd_dist.errors import UserError, first_line
 
 T = TypeVar("T")
 STORAGE_PATIENCE_S = 600.0
@@ -14,10 +14,10 @@ SAID_EVERY_S = 30.0
 
 
 def patiently(action: Callable[[], T], say: Callable[[str], None], pause: Callable[[float], object] = time.sleep) -> T:
-    """Return what an action returns, trying it again, after pauses that double, while it raises UserError.
+    """Return what an action returns, trying it again, after pauses that double, while the storage refuses.
 
     Args:
-        action: Reads or writes; may be done twice.
+        action: Reads or writes, and raises UserError or OSError where that is refused; may be done twice.
         say: Told one line at the first refusal, every half minute while it lasts, and when it is over.
         pause: Waits so many seconds.
 
@@ -29,14 +29,14 @@ def patiently(action: Callable[[], T], say: Callable[[str], None], pause: Callab
     while True:
         try:
             result = action()
-        except UserError as error:
+        except (OSError, UserError) as error:
+            reason = first_line(error)
             waited = time.monotonic() - began
             if waited + pause_s > STORAGE_PATIENCE_S:
-                if not refused:
-                    raise
-                raise UserError(f"{error}; tried for {waited:,.0f} s") from None
+                tried = f"; tried for {waited:,.0f} s" if refused else ""
+                raise UserError(f"{reason}{tried}") from None
             if waited - said >= SAID_EVERY_S:
-                say(f"{error}; trying again, for {STORAGE_PATIENCE_S - waited:,.0f} s at most")
+                say(f"{reason}; trying again, for {STORAGE_PATIENCE_S - waited:,.0f} s at most")
                 said = waited
             refused = True
             pause(pause_s)

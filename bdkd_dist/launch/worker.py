@@ -20,6 +20,7 @@ from bdkd_dist.engine.control import Control
 from bdkd_dist.engine.evaluate import Outputs, calibrated, predictions
 from bdkd_dist.engine.loop import Trainer
 from bdkd_dist.engine.observer import NetworkDiagnosis, Observer, Observers
+from bdkd_dist.engine.patience import patiently
 from bdkd_dist.errors import UserError, first_line
 from bdkd_dist.launch.mirror import BEAT_S, RunCheckpoints
 from bdkd_dist.launch.run_folder import RunFolder
@@ -142,15 +143,23 @@ def _record(trainer: Trainer, folder: RunFolder, validation: Outputs, test: Outp
     gathered = predictions(test)
     if gathered is None:
         return
-    trainer.checkpoints.check()
-    indices, labels, networks = gathered
-    folder.predictions.mkdir(parents=True, exist_ok=True)
-    write_predictions(folder.predictions / "test.parquet", indices, labels, networks, dataset.class_names)
-    folder.figures.mkdir(exist_ok=True)
-    for split, by_network in states.items():
-        diagnoses = {name: NetworkDiagnosis(state.compute(), state.reliability()) for name, state in by_network.items()}
-        save_png(reliability_figure(diagnoses), folder.figures / f"reliability_{split}.png")
-    folder.push(folder.predictions, folder.figures, say=trainer.checkpoints.warn)
+    checkpoints = trainer.checkpoints
+    checkpoints.check()
+
+    def write() -> None:
+        indices, labels, networks = gathered
+        folder.predictions.mkdir(parents=True, exist_ok=True)
+        write_predictions(folder.predictions / "test.parquet", indices, labels, networks, dataset.class_names)
+        folder.figures.mkdir(exist_ok=True)
+        for split, by_network in states.items():
+            diagnoses = {
+                name: NetworkDiagnosis(state.compute(), state.reliability()) for name, state in by_network.items()
+            }
+            save_png(reliability_figure(diagnoses), folder.figures / f"reliability_{split}.png")
+
+    patiently(write, checkpoints.warn, checkpoints.pause)
+    folder.push(folder.predictions, folder.figures, say=checkpoints.warn)
     # Last: a folder with results is a finished run.
-    write_results(folder.results, {**results, "step": trainer.step, "epochs": trainer.epoch})
-    folder.push(folder.results, say=trainer.checkpoints.warn)
+    said = {**results, "step": trainer.step, "epochs": trainer.epoch}
+    patiently(lambda: write_results(folder.results, said), checkpoints.warn, checkpoints.pause)
+    folder.push(folder.results, say=checkpoints.warn)

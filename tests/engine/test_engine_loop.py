@@ -94,6 +94,25 @@ def test_stopped_after_any_step_it_goes_on_to_the_same_bits_and_logs(
     assert [log.step for log in first.evaluations + second.evaluations] == [5, 10]
 
 
+def test_records_that_a_disk_refuses_at_the_start_are_begun_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[int] = []
+
+    class Refused(Recorder):
+        def start(self, step: int, total_steps: int) -> None:
+            begun.append(step)
+            if len(begun) < 3:
+                raise OSError(28, "No space left on device")
+
+    observer = Refused()
+    made = trainer(tmp_path, observer=observer)
+    monkeypatch.setattr(made.checkpoints, "pause", lambda seconds: None)
+    made.run()
+    assert begun == [0, 0, 0]
+    assert len(observer.evaluations) == 2
+
+
 def test_a_weight_that_is_not_finite_is_not_kept(tmp_path: Path) -> None:
     made = trainer(tmp_path, "train.checkpoint_every_steps=2")
     step = made._train_step

@@ -62,6 +62,15 @@ def test_when_it_goes_again_that_is_said(clock: Clock) -> None:
     assert len(clock.said) == 2
 
 
+def test_what_the_system_refuses_is_one_line_too(clock: Clock) -> None:
+    def full() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "/disk/x")
+
+    with pytest.raises(UserError, match=r"^\[Errno 28\] No space left on device: '/disk/x'; tried for \d+ s$"):
+        patiently(full, clock.say, clock.pause)
+    assert clock.said[0] == (0, "[Errno 28] No space left on device: '/disk/x'; trying again, for 600 s at most")
+
+
 def test_a_bug_is_not_tried_again(clock: Clock) -> None:
     with pytest.raises(ZeroDivisionError):
         patiently(lambda: 1 / 0, clock.say, clock.pause)
