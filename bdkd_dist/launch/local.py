@@ -34,10 +34,16 @@ def train(recipe: Recipe, folder: RunFolder, progress: Observer, warn: Callable[
         TorchTrainer(worker, scaling_config=ScalingConfig(num_workers=0)).fit()
 
 
-def wants_cuda(recipe: Recipe) -> bool:
-    """Whether the recipe's workers compute on GPUs here."""
+def wants_cuda(recipe: Recipe, gpus: float | None = None) -> bool:
+    """Whether the recipe's workers compute on GPUs.
+
+    Args:
+        recipe: Says so, or leaves it to what there is.
+        gpus: How many there are; by default those that torch sees here.
+    """
     launch = recipe.launch
-    enough = torch.cuda.device_count() >= launch.min_workers * launch.gpus_per_worker
+    there = torch.cuda.device_count() if gpus is None else gpus
+    enough = there >= launch.min_workers * launch.gpus_per_worker
     return launch.device == "cuda" or (launch.device == "auto" and enough)
 
 

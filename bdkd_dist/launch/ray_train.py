@@ -21,6 +21,7 @@ from ray.train.v2._internal.execution.callback import ControllerCallback
 
 from bdkd_dist.config import Recipe
 from bdkd_dist.data.node_folder import node_folder
+from bdkd_dist.data.sources.storage import is_uri
 from bdkd_dist.engine.observer import Observer
 from bdkd_dist.errors import first_line
 from bdkd_dist.launch import cluster
@@ -101,7 +102,8 @@ def train(recipe: Recipe, progress: Observer, warn: Callable[[str], None], addre
     # More workers than this machine has cores may share them: they are asked for by name, so they get them.
     cpus = max(os.cpu_count() or 1, math.ceil(launch.max_workers * launch.cpus_per_worker))
     with cluster.connected(address or "local", cpus):
-        cuda = wants_cuda(recipe) if address is None else _has_gpus(recipe)
+        # A cluster that starts GPU nodes on demand shows none yet: there launch.device=cuda says that they are wanted.
+        cuda = wants_cuda(recipe, None if address is None else ray.cluster_resources().get("GPU", 0))
         resources = {"CPU": launch.cpus_per_worker} | ({"GPU": launch.gpus_per_worker} if cuda else {})
         relay = ray.remote(Relay).options(num_cpus=0, scheduling_strategy=cluster.here()).remote()
         trainer = TorchTrainer(
@@ -179,13 +181,6 @@ def _fit(
     return outcome
 
 
-def _has_gpus(recipe: Recipe) -> bool:
-    """Whether the recipe's workers compute on GPUs of the cluster; of one that grows they are asked for by name."""
-    launch = recipe.launch
-    there = ray.cluster_resources().get("GPU", 0) >= launch.min_workers * launch.gpus_per_worker
-    return launch.device == "cuda" or (launch.device == "auto" and there)
-
-
 def _was_taken_away(error: Exception) -> bool:
     """Whether a worker's node went as it had announced."""
     return getattr(getattr(error, "health_check_failure", error), "preempted", False)
@@ -201,21 +196,17 @@ def _lost(worker_exceptions: dict[int, Exception]) -> str:
 
 def _with_absolute_paths(recipe: Recipe) -> Recipe:
     """Return the recipe for workers, whose working directory is another."""
-    places = {"prepared": str(Path(recipe.data.prepared).expanduser().absolute())}
-    if recipe.data.root is not None and "://" not in recipe.data.root:
-        places["root"] = str(Path(recipe.data.root).expanduser().absolute())
-    if recipe.data.stage_folder is not None:
-        places["stage_folder"] = str(Path(recipe.data.stage_folder).expanduser().absolute())
-    storage = {}
-    if "://" not in recipe.run.storage:
-        storage["storage"] = str(Path(recipe.run.storage).expanduser().absolute())
-    networks = {}
-    if recipe.models.teacher_checkpoint is not None and "://" not in recipe.models.teacher_checkpoint:
-        networks["teacher_checkpoint"] = str(Path(recipe.models.teacher_checkpoint).expanduser().absolute())
-    return recipe.model_copy(
-        update={
-            "run": recipe.run.model_copy(update=storage),
-            "data": recipe.data.model_copy(update=places),
-            "models": recipe.models.model_copy(update=networks),
-        }
-    )
+    places = {
+        "run": ("storage",),
+        "data": ("prepared", "root", "stage_folder"),
+        "models": ("teacher_checkpoint",),
+    }
+    sections = {}
+    for section, keys in places.items():
+        found = getattr(recipe, section)
+        sections[section] = found.model_copy(update={key: _absolute(getattr(found, key)) for key in keys})
+    return recipe.model_copy(update=sections)
+
+
+def _absolute(place: str | None) -> str | None:
+    return place if place is None or is_uri(place) else str(Path(place).expanduser().absolute())
