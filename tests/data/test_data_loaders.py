@@ -316,7 +316,7 @@ for px in (48, 20):
 @needs_ffcv
 def test_later_loaders_compile_nothing(jpegs: Path) -> None:
     read("ffcv", jpegs, make("resized", 48))
-    compiled = len(decode_and_render.signatures)
+    compiled = len(decode_and_render.overloads)  # to list them fails in a process in which torch has compiled
     for _ in range(3):
         read("ffcv", jpegs, make("none", 48))
-    assert compiled == len(decode_and_render.signatures) > 0
+    assert compiled == len(decode_and_render.overloads) > 0
