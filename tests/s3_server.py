@@ -70,7 +70,8 @@ class Storage:
 
 @contextmanager
 def serve() -> Iterator[Storage]:
-    """Serve an empty bucket."""
+    """Serve an empty bucket, one server at a time: moto keeps what it stores once for the whole process."""
+    from moto.moto_api._internal.models import moto_api_backend
     from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
     from werkzeug.serving import WSGIRequestHandler, make_server
 
@@ -79,6 +80,7 @@ def serve() -> Iterator[Storage]:
             pass
 
     storage = Storage()
+    moto_api_backend.reset()
     moto = DomainDispatcherApplication(create_backend_app)
 
     def gate(environ: dict[str, Any], start_response: Callable[..., Any]) -> Any:
