@@ -70,6 +70,21 @@ def evaluate(
 
 
 @app.command()
+def compare(
+    runs: Annotated[
+        list[str], typer.Argument(metavar="RUN...", help="Finished runs or whole searches, by path or URI.")
+    ],
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="A new folder, or an earlier comparison's.")] = Path(
+        "comparison"
+    ),
+) -> None:
+    """Set runs side by side: a table, a page, pictures and Parquet files; runs that differ in seed are one method."""
+    from bdkd_dist.launch import compare as launched
+
+    launched.compare(runs, out, console)
+
+
+@app.command()
 def prepare(
     source: Annotated[
         str, typer.Argument(help="A path or URI as data.root takes, or digits, cifar10, cifar100.", show_default=False)
@@ -138,7 +153,7 @@ JobId = Annotated[str, typer.Argument(metavar="ID")]
 @app.command()
 def submit(
     command: Annotated[
-        list[str], typer.Argument(metavar="-- COMMAND...", help="After --: train, evaluate, prepare or doctor.")
+        list[str], typer.Argument(metavar="-- COMMAND...", help="After --: what a job may run, e.g. train.")
     ],
     address: Address = None,
     detach: Annotated[bool, typer.Option("--detach", help="Print the job's id and leave it alone.")] = False,
@@ -190,6 +205,54 @@ def stop_job(job: JobId, address: Address = None) -> None:
     from bdkd_dist.launch.jobs import Jobs
 
     _say(Jobs(address).stop(job))
+
+
+@app.command()
+def tune(
+    space: Annotated[str, typer.Argument(metavar="SPACE", help="A Python file with a search_space().")],
+    recipe: Annotated[str, typer.Argument(help="A shipped recipe's name, or a YAML file.")],
+    overrides: Overrides = None,
+    num_trials: Annotated[
+        int | None, typer.Option(metavar="N", help="How many trials; of a grid all, else 20.", show_default=False)
+    ] = None,
+    goal: Annotated[
+        str | None,
+        typer.Option(metavar="G", help="nll, accuracy, ece, pareto, or NETWORK/METRIC.", show_default=False),
+    ] = None,
+    subject_to: Annotated[
+        list[str] | None, typer.Option(metavar="BOUND", help="A constraint, e.g. 'student/ece<=0.02'; repeatable.")
+    ] = None,
+    search: Annotated[
+        str | None, typer.Option(metavar="tpe|random|grid", help="What chooses values.", show_default=False)
+    ] = None,
+    scheduler: Annotated[
+        str | None,
+        typer.Option(
+            metavar="asha|hyperband|median|pbt|none", help="What stops or changes trials.", show_default=False
+        ),
+    ] = None,
+    test: Annotated[
+        str | None,
+        typer.Option(metavar="best|all", help="Whose test split is evaluated at the end.", show_default=False),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the search; trials have train.seed.")] = 0,
+    address: Annotated[
+        str | None,
+        typer.Option(metavar="RAY", envvar="RAY_ADDRESS", help="Search on this Ray cluster: auto, or HOST:PORT."),
+    ] = None,
+) -> None:
+    """Search over a recipe for accuracy and calibration; the same command goes on where a search was cut."""
+    from bdkd_dist import config
+    from bdkd_dist.launch.tune import search as launched
+
+    asked = launched.Asked(goal, tuple(subject_to or ()), search, scheduler, num_trials, seed, test)
+    named = config.load(recipe, [*launched.default_name(space, recipe), *(overrides or ())])
+    found = launched.search(space, named, asked, console, address)
+    _show(found.table())
+    for line in found.lines():
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    if not found.chosen:
+        raise UserError(found.lacking())
 
 
 @app.command()
@@ -259,7 +322,7 @@ def main() -> None:
     except Exception as error:
         # By name: the modules that define these take seconds to import, and a mistake is to be told at once.
         match type(error).__name__:
-            case "Interrupted":
+            case "Interrupted" | "SearchInterrupted":
                 _fail(f"{error}; go on with: bdkd {shlex.join(sys.argv[1:])}", 130)
             case "Diverged" | "DataError" | "Superseded" | "WorkersLost":
                 _fail(str(error), 1)

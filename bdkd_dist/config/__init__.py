@@ -5,7 +5,7 @@ shipped recipe of that name (or a YAML file), applies the overrides, each parsed
 Every mistake raises :class:`~bdkd_dist.errors.UserError` with one line.
 """
 
-from bdkd_dist.config.reading import from_dict, load, override, recipe_names
+from bdkd_dist.config.reading import from_dict, load, override, recipe_names, replace
 from bdkd_dist.config.sections import (
     NOT_IDENTITY,
     Augmentation,
@@ -38,4 +38,5 @@ __all__ = [
     "load",
     "override",
     "recipe_names",
+    "replace",
 ]

@@ -1,7 +1,7 @@
 """Recipes read from YAML, dotted overrides, and one line for each mistake in them."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,16 +31,21 @@ def load(recipe: str, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         UserError: An unknown recipe or key, or a value that is not allowed.
     """
-    return _override(_read(recipe), overrides)
+    return _replaced(_read(recipe), map(_split, overrides))
 
 
 def override(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
     """Return a recipe with dotted overrides applied, as :func:`load` applies them."""
-    return _override(recipe.to_dict(), overrides)
+    return _replaced(recipe.to_dict(), map(_split, overrides))
 
 
-def _override(tree: dict[str, Any], overrides: Sequence[str]) -> Recipe:
-    pairs = [_split(override) for override in overrides]
+def replace(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
+    """Return a recipe with values put in by their dotted keys, by the rules of :func:`override`; raises UserError."""
+    return _replaced(recipe.to_dict(), values.items())
+
+
+def _replaced(tree: dict[str, Any], changes: Iterable[tuple[str, Any]]) -> Recipe:
+    pairs = list(changes)
     objective = tree.get("objective")
     chosen = next((value for key, value in reversed(pairs) if key == "objective.name"), None)
     if chosen is not None and isinstance(objective, dict) and objective.get("name", "bdkd") != chosen:

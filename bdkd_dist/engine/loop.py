@@ -58,7 +58,11 @@ class Interrupted(Exception):
 
 
 class Diverged(RuntimeError):
-    """A loss is no longer finite."""
+    """A loss is no longer finite: ``what`` happened, and what may help."""
+
+    def __init__(self, what: str, advice: str = ""):
+        super().__init__("; ".join(filter(None, (what, advice))))
+        self.what = what
 
 
 class Trainer:
@@ -154,14 +158,27 @@ class Trainer:
             Interrupted: ``control`` wants it to stop; the state is kept.
             Diverged: A loss is not finite; the checkpoint before it is kept.
         """
+        self.start()
+        while not self.finished:
+            self.run_epoch()
+
+    @property
+    def finished(self) -> bool:
+        """Whether all epochs are trained."""
+        return self.epoch >= self.recipe.train.epochs
+
+    def start(self) -> None:
+        """Tell the observer where the run begins or goes on; comes once, before the first epoch."""
         patiently(
             lambda: self.observer.start(self.step, self.total_steps), self.checkpoints.warn, self.checkpoints.pause
         )
         self._clock, self._clock_step = time.perf_counter(), self.step
         self.pair.train()
-        while self.epoch < self.recipe.train.epochs:
-            self._train_epoch()
-            self._end_epoch()
+
+    def run_epoch(self) -> None:
+        """Train to the end of an epoch, with its evaluation where one is due, and checkpoint. See :meth:`run`."""
+        self._train_epoch()
+        self._end_epoch()
 
     def _train_epoch(self) -> None:
         settings = self.recipe.train
@@ -296,8 +313,8 @@ class Trainer:
             name = self.checkpoints.name(kept[-1]) if kept else ""
             back = f"the checkpoint before it is {name}" if kept else "there is no checkpoint before it"
             raise Diverged(
-                f"the loss is not finite at step {first} ({said}); {back}; "
-                "train again under another run.name with a lower optimizer.lr or with optimizer.clip_grad_norm"
+                f"the loss is not finite at step {first} ({said}); {back}",
+                "train again under another run.name with a lower optimizer.lr or with optimizer.clip_grad_norm",
             )
         return rows
 
@@ -355,8 +372,8 @@ class Trainer:
         rows = self._read_pending()
         if not bool(torch.stack([p.isfinite().all() for p in self.pair.parameters()]).all()):
             raise Diverged(
-                f"a weight is not finite after step {self.step}, though the losses were; train again under another "
-                "run.name with a lower optimizer.lr or with optimizer.clip_grad_norm"
+                f"a weight is not finite after step {self.step}, though the losses were",
+                "train again under another run.name with a lower optimizer.lr or with optimizer.clip_grad_norm",
             )
         if self.rank == 0:
             patiently(self.observer.flush, self.checkpoints.warn, self.checkpoints.pause)

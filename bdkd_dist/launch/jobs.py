@@ -17,13 +17,15 @@ import yaml
 from rich.table import Table
 
 from bdkd_dist import config
+from bdkd_dist.config import Recipe
 from bdkd_dist.config.reading import RECIPES
 from bdkd_dist.data.sources.storage import has_secret, shown
 from bdkd_dist.errors import UserError, first_line, nearest, unknown
 from bdkd_dist.launch.prepare import NAMED
 from bdkd_dist.launch.source_package import source_files, write_archive
+from bdkd_dist.launch.tune.space import load_space
 
-COMMANDS = ("train", "evaluate", "prepare", "doctor")
+COMMANDS = ("train", "tune", "evaluate", "compare", "prepare", "doctor")
 ENTRYPOINT = "python -m bdkd_dist"
 ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 """Where Ray's own ``ray job`` looks for an address."""
@@ -221,15 +223,17 @@ def check(arguments: Sequence[str], parameters: dict[str, Any], folder: Path) ->
             )
     match arguments[0]:
         case "train":
-            _check_recipe_file(parameters["recipe"], folder)
-            recipe = config.load(parameters["recipe"], parameters["overrides"] or ())
-            _check_place("run.storage", recipe.run.storage)
-            _check_place("data.root", recipe.data.root)
-            _check_place("data.prepared", recipe.data.prepared)
-            _check_place("data.stage_folder", recipe.data.stage_folder)
-            _check_place("models.teacher_checkpoint", recipe.models.teacher_checkpoint)
+            _check_recipe(parameters, folder)
+        case "tune":
+            recipe = _check_recipe(parameters, folder)
+            load_space(parameters["space"], recipe)
+            _check_travels("space", Path(parameters["space"]), folder, source_files(folder))
         case "evaluate":
             _check_place("RUN", parameters["run_path"])
+        case "compare":
+            for run in parameters["runs"]:
+                _check_place("RUN", run)
+            _check_place("OUT", parameters["out"])
         case "prepare":
             _check_place("SOURCE", None if parameters["source"] in NAMED else parameters["source"])
             _check_place("OUT", parameters["out"])
@@ -252,18 +256,33 @@ def _check_place(name: str, place: str | Path | None) -> None:
         )
 
 
+def _check_recipe(parameters: dict[str, Any], folder: Path) -> Recipe:
+    _check_recipe_file(parameters["recipe"], folder)
+    recipe = config.load(parameters["recipe"], parameters["overrides"] or ())
+    _check_place("run.storage", recipe.run.storage)
+    _check_place("data.root", recipe.data.root)
+    _check_place("data.prepared", recipe.data.prepared)
+    _check_place("data.stage_folder", recipe.data.stage_folder)
+    _check_place("models.teacher_checkpoint", recipe.models.teacher_checkpoint)
+    return recipe
+
+
 def _check_recipe_file(recipe: str, folder: Path) -> None:
     """Raise UserError where a recipe, or one that it builds on, is a file that does not travel."""
     files, seen = source_files(folder), set[str]()
     while recipe and recipe not in seen and not (RECIPES / f"{recipe}.yaml").is_file():
         seen.add(recipe)
         path = Path(recipe)
-        if path.is_file() and (path.is_absolute() or os.path.normpath(path) not in files):
-            raise UserError(
-                f"recipe {recipe} does not travel with the job; put it into {folder} (not hidden, not ignored by git) "
-                "and give its path from there"
-            )
+        _check_travels("recipe", path, folder, files)
         recipe = str(_tree(path).get("base") or "")
+
+
+def _check_travels(kind: str, path: Path, folder: Path, files: dict[str, Path]) -> None:
+    if path.is_file() and (path.is_absolute() or os.path.normpath(path) not in files):
+        raise UserError(
+            f"{kind} {path} does not travel with the job; put it into {folder} (not hidden, not ignored by git) "
+            "and give its path from there"
+        )
 
 
 def _tree(path: Path) -> dict[str, Any]:

@@ -15,6 +15,8 @@ from bdkd_dist.engine.observer import Observer
 from bdkd_dist.launch.run_folder import RunFolder
 from bdkd_dist.launch.worker import work
 
+STOPPING = "stopping with a checkpoint; Ctrl-C again stops at once and loses what follows the last one"
+
 
 def train(recipe: Recipe, folder: RunFolder, progress: Observer, warn: Callable[[str], None]) -> None:
     """Train in this process; Ctrl-C or SIGTERM finishes the step and checkpoints. :func:`work` says what it raises."""
@@ -59,10 +61,14 @@ class _Pressed(Control):
 
 
 @contextmanager
-def stop_on_signal(warn: Callable[[str], None]) -> Iterator[Callable[[], bool]]:
+def stop_on_signal(warn: Callable[[str], None], line: str = STOPPING) -> Iterator[Callable[[], bool]]:
     """Yield a question whether Ctrl-C was pressed or SIGTERM came; a second Ctrl-C interrupts at once.
 
     SIGTERM is how a job, a container or a batch system is asked to end.
+
+    Args:
+        warn: Says one line to the person.
+        line: What that is told at the first signal.
     """
     pressed = False
 
@@ -71,7 +77,7 @@ def stop_on_signal(warn: Callable[[str], None]) -> Iterator[Callable[[], bool]]:
         if pressed and signum == signal.SIGINT:
             raise KeyboardInterrupt
         if not pressed:
-            warn("stopping with a checkpoint; Ctrl-C again stops at once and loses what follows the last one")
+            warn(line)
         pressed = True
 
     before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}

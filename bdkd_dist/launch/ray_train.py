@@ -108,7 +108,7 @@ def train(recipe: Recipe, progress: Observer, warn: Callable[[str], None], addre
         relay = ray.remote(Relay).options(num_cpus=0, scheduling_strategy=cluster.here()).remote()
         trainer = TorchTrainer(
             ray_worker,
-            train_loop_config={"recipe": _with_absolute_paths(recipe).to_dict(), "relay": relay},
+            train_loop_config={"recipe": with_absolute_paths(recipe).to_dict(), "relay": relay},
             torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if cuda else "gloo"),
             scaling_config=ScalingConfig(
                 num_workers=launch.workers,
@@ -194,7 +194,7 @@ def _lost(worker_exceptions: dict[int, Exception]) -> str:
     return f"lost the connection between workers ({first_line(next(iter(worker_exceptions.values())))})"
 
 
-def _with_absolute_paths(recipe: Recipe) -> Recipe:
+def with_absolute_paths(recipe: Recipe) -> Recipe:
     """Return the recipe for workers, whose working directory is another."""
     places = {
         "run": ("storage",),

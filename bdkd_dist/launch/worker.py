@@ -3,7 +3,7 @@
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -58,6 +58,35 @@ def work(
         Diverged: A loss is not finite.
         UserError: The batch does not fit into the device's memory, or the data are not what they were.
     """
+    observers = [progress]
+    if distributed.rank() == 0:
+        observers = [TensorBoardObserver(folder.path, recipe.to_yaml()), MetricLines(folder.path), progress]
+    with training(recipe, folder, device, observers, control, warn) as trainer, enough_memory(recipe):
+        trainer.run()
+        if isinstance(trainer.checkpoints, RunCheckpoints):
+            trainer.checkpoints.wait()
+        finish(trainer, folder)
+
+
+@contextmanager
+def training(
+    recipe: Recipe,
+    folder: RunFolder,
+    device: torch.device,
+    observers: Sequence[Observer],
+    control: Control,
+    warn: Callable[[str], None],
+) -> Iterator[Trainer]:
+    """Yield the trainer of this rank at the newest checkpoint, with its loaders open; see :func:`work`.
+
+    Args:
+        recipe: What to train.
+        folder: Where everything is kept; the recipe's own.
+        device: Where this rank computes.
+        observers: Told of the run on rank 0.
+        control: Told of every step, and asked between steps what is wanted.
+        warn: Says one line to the person.
+    """
     dataset = load_dataset(recipe.data)
     with ExitStack() as stack:
         loaders = open_loaders(recipe, dataset, device, stack)
@@ -65,21 +94,21 @@ def work(
         checkpoints = Checkpoints(Path(str(folder)) / "checkpoints", warn)  # rank 0 alone reads and writes
         if distributed.rank() == 0:
             checkpoints = stack.enter_context(RunCheckpoints(folder, warn, control.beat))
-            observer = Observers(
-                [TensorBoardObserver(folder.path, recipe.to_yaml()), MetricLines(folder.path), progress]
-            )
+            observer = Observers(observers)
         stack.callback(observer.close)
-        trainer = Trainer(recipe, dataset, loaders, device, checkpoints, observer, control)
-        try:
-            trainer.run()
-        except torch.OutOfMemoryError as error:
-            raise UserError(
-                f"train.batch_size={recipe.train.batch_size}: the device's memory is too small ({first_line(error)}); "
-                "take a smaller batch, more workers, or train.precision=bf16"
-            ) from None
-        if isinstance(checkpoints, RunCheckpoints):
-            checkpoints.wait()
-        finish(trainer, folder)
+        yield Trainer(recipe, dataset, loaders, device, checkpoints, observer, control)
+
+
+@contextmanager
+def enough_memory(recipe: Recipe) -> Iterator[None]:
+    """Say in one line that the batch does not fit into the device's memory."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"train.batch_size={recipe.train.batch_size}: the device's memory is too small ({first_line(error)}); "
+            "take a smaller batch, more workers, or train.precision=bf16"
+        ) from None
 
 
 def open_loaders(recipe: Recipe, dataset: Dataset, device: torch.device, stack: ExitStack) -> dict[str, Loader]:

@@ -1,0 +1,107 @@
+"""Compare runs, or the tested trials of searches: the command line without the command line."""
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.measure import Measurement
+from rich.table import Table
+
+from bdkd_dist.errors import UserError, nearest
+from bdkd_dist.launch.run_folder import RunFolder
+from bdkd_dist.launch.tune.folder import SEARCH, TRIALS
+from bdkd_dist.records.comparison import Comparison, Run
+from bdkd_dist.records.comparison_report import is_comparison, methods_table, write_comparison
+
+PREDICTIONS = "predictions/test.parquet"
+
+
+def compare(where: Sequence[str], out: Path, console: Console) -> Path:
+    """Compare runs: print a table of the methods, and write a page, pictures and Parquet files.
+
+    Args:
+        where: Paths or URIs of finished runs, or of searches, all of whose tested trials are taken. The first run's
+            method is the one that the others are held against.
+        out: A folder of this machine that is new, empty, or an earlier comparison's.
+        console: Where the table goes.
+
+    Returns:
+        The page's path.
+
+    Raises:
+        UserError: A run is missing, not finished, named twice or of other data, or ``out`` holds other files. Nothing
+            is written then.
+    """
+    _check_free(out)
+    folders = [folder for name in where for folder in _runs_of(name)]
+    _check_once(folders)
+    comparison = Comparison.of([_read(folder) for folder in folders])
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        page = write_comparison(comparison, out)
+    except OSError as error:
+        raise UserError(f"--out {out}: {error.strerror or error}") from None
+    _show(methods_table(comparison), console)
+    console.print(f"report  {page}", highlight=False, markup=False, soft_wrap=True)
+    return page
+
+
+def _show(table: Table, console: Console) -> None:
+    """Print a table at its own width: on a narrower terminal its lines wrap, but no digit is left out."""
+    width = Measurement.get(console, console.options.update(width=500), table).maximum
+    Console(file=console.file, width=max(width, console.width), quiet=console.quiet).print(table)
+
+
+def _check_free(out: Path) -> None:
+    """Raise UserError where writing would take what is not a comparison's."""
+    if ":/" in str(out):
+        raise UserError(f"--out {out}: give a folder of this machine")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file; give a folder")
+    if out.is_dir() and any(not name.startswith(".") for name in os.listdir(out)) and not is_comparison(out):
+        raise UserError(f"--out {out} exists and holds no comparison; choose another folder")
+
+
+def _runs_of(name: str) -> Iterator[RunFolder]:
+    """Yield the run of that name, or the tested trials of the search."""
+    folder = RunFolder(name)
+    if not folder.place.is_folder():
+        raise UserError(f"there is no run {folder}{nearest(folder.place.name, _beside(folder))}")
+    trials = folder.place / TRIALS
+    if not trials.is_folder() and not folder.place.exists(SEARCH):
+        if not folder.finished and folder.place.exists("recipe.yaml"):
+            raise UserError(f"{folder} is not finished (it holds no results.json); the command that trains it goes on")
+        yield folder
+        return
+    names = trials.listing()[1] if trials.is_folder() else []
+    tested = [trial for trial in (folder / f"{TRIALS}/{name}" for name in names) if trial.finished]
+    if not tested:
+        raise UserError(f"{folder}: none of its {len(names)} trials is tested yet (holds results.json)")
+    yield from tested
+
+
+def _beside(folder: RunFolder) -> list[str]:
+    """Return the names of the folders beside one that is not there."""
+    above = folder.place.parent
+    return above.listing()[1] if above.is_folder() else []
+
+
+def _check_once(folders: Sequence[RunFolder]) -> None:
+    seen: dict[str, RunFolder] = {}
+    for folder in folders:
+        here = folder.where.partition("?")[0].rstrip("/") if folder.is_remote else os.path.realpath(folder.where)
+        if (first := seen.setdefault(here, folder)) is not folder:
+            also = "" if str(first) == str(folder) else f" ({first} and {folder})"
+            raise UserError(f"{folder} is given twice{also}")
+
+
+def _read(folder: RunFolder) -> Run:
+    recipe = folder.read_recipe()
+    folder.fetch("results.json", PREDICTIONS)
+    predictions = folder.path / PREDICTIONS
+    if not predictions.is_file():
+        raise UserError(f"{folder} holds no {PREDICTIONS}; bdkd evaluate {folder} writes it")
+    run = Run.read(str(folder), recipe, folder.results, predictions)
+    folder.discard()
+    return run

@@ -1,0 +1,1 @@
+"""`bdkd tune`: searches over a recipe, on Ray Tune."""

@@ -1,0 +1,100 @@
+"""A search's folder: what the search is, and the records of its trials."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import yaml
+
+from bdkd_dist import config
+from bdkd_dist.config import Recipe
+from bdkd_dist.data.sources.storage import in_parallel
+from bdkd_dist.engine.patience import patiently
+from bdkd_dist.errors import UserError
+from bdkd_dist.launch.lease import LEASE
+from bdkd_dist.launch.run_folder import RunFolder
+from bdkd_dist.records.trials import Trial
+
+SEARCH = "search.yaml"
+TRIALS = "trials"
+RECORD = "trial.json"
+
+
+class SearchFolder:
+    """Keeps a search: the truth that it goes on from. The driver alone writes here; trials write in their run folders.
+
+    Args:
+        folder: ``run.storage/run.name`` of the search.
+        say: Told one line when the storage refuses.
+    """
+
+    def __init__(self, folder: RunFolder, say: Callable[[str], None]):
+        self.folder, self._say = folder, say
+
+    def __str__(self) -> str:
+        return str(self.folder)
+
+    @property
+    def trials_storage(self) -> str:
+        """Where the run folders of trials are: the ``run.storage`` of each."""
+        return (self.folder / TRIALS).where
+
+    def check_owner(self, recipe: Recipe, identity: dict[str, Any]) -> None:
+        """Raise UserError where the folder holds another search, or something else; the number of trials may grow.
+
+        Args:
+            recipe: The one that is varied.
+            identity: What else makes the search, by name.
+        """
+        place = self.folder.place
+        if (content := place.find(SEARCH)) is None:
+            if place.exists("recipe.yaml") or (place.is_folder() and _names(place)):
+                raise UserError(f"run.name: {self} exists and holds no search; choose another run.name")
+            return
+        try:
+            there = yaml.safe_load(content)
+            recipe_there = config.from_dict(there.pop("recipe"))
+        except (UserError, yaml.YAMLError, TypeError, AttributeError, KeyError) as error:
+            raise UserError(f"{self}/{SEARCH} does not fit this version: {' '.join(str(error).split())}") from None
+        for key, value in identity.items():
+            if there.get(key) != value:
+                one, other = ("other lines", "these") if key == "space" else (there.get(key), value)
+                raise UserError(
+                    f"{self} holds another search ({key.replace('_', '-')} is {one} there, {other} here); "
+                    "choose another run.name"
+                )
+        for key, one, other in config.differences(recipe_there, recipe):
+            raise UserError(
+                f"{self} holds another search ({key} is {one} there, {other} here); choose another run.name"
+            )
+
+    def describe(self, recipe: Recipe, identity: dict[str, Any]) -> None:
+        """Write what the search is."""
+        content = yaml.safe_dump({**identity, "recipe": recipe.to_dict()}, sort_keys=False, allow_unicode=True)
+        self.write(SEARCH, content.encode())
+
+    def trials(self) -> list[Trial]:
+        """Return the records of all trials so far, by number."""
+        place = self.folder.place / TRIALS
+        if not place.is_folder():
+            return []
+        _, names = patiently(place.listing, self._say)
+        contents = in_parallel(lambda name: patiently(lambda: place.find(f"{name}/{RECORD}"), self._say), names)
+        found = [Trial.from_json(content) for content in contents if content is not None]
+        return sorted(found, key=lambda trial: trial.number)
+
+    def record(self, trial: Trial) -> None:
+        """Write a trial's record as it stands."""
+        self.write(f"{TRIALS}/{trial.name}/{RECORD}", trial.to_json())
+
+    def run(self, trial: Trial) -> RunFolder:
+        """Return a trial's run folder."""
+        return self.folder / f"{TRIALS}/{trial.name}"
+
+    def write(self, name: str, content: bytes) -> None:
+        """Write a file of the search, whole or not at all."""
+        patiently(lambda: self.folder.place.write(name, content), self._say)
+
+
+def _names(place: Any) -> Sequence[str]:
+    files, folders = place.listing()
+    return [name for name in (*(file.path for file in files), *folders) if name != LEASE]

@@ -1,0 +1,146 @@
+"""The records of a search's trials while Ray Tune runs them, and what a person sees of them."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from ray.tune import Callback, Stopper
+
+from bdkd_dist.launch import cluster
+from bdkd_dist.launch.tune.algorithms import Plan
+from bdkd_dist.launch.tune.folder import SearchFolder
+from bdkd_dist.launch.tune.places import SearchCluster
+from bdkd_dist.records.search_progress import SearchProgress
+from bdkd_dist.records.trials import Report, Trial
+
+SHOWN_EVERY_S = 0.5
+WAITING_SAID_EVERY_S = 30.0
+
+
+class OnSignal(Stopper):
+    """Stops the search once a signal came."""
+
+    def __init__(self, pressed: Callable[[], bool]):
+        self._pressed = pressed
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        """See Ray's ``Stopper``."""
+        return False
+
+    def stop_all(self) -> bool:
+        """See Ray's ``Stopper``."""
+        return self._pressed()
+
+    def __getstate__(self) -> dict[str, Any]:  # Ray notes it down; nothing is read from there
+        return {}
+
+
+class Ledger(Callback):
+    """Keeps the record of every trial, and shows them."""
+
+    def __init__(
+        self,
+        folder: SearchFolder,
+        plan: Plan,
+        trials: dict[int, Trial],
+        there: SearchCluster,
+        progress: SearchProgress,
+        warn: Callable[[str], None],
+        pressed: Callable[[], bool],
+    ):
+        self.folder, self.plan, self.trials, self.there = folder, plan, trials, there
+        self.progress, self.warn, self.pressed = progress, warn, pressed
+        self._shown_s = 0.0
+        self._taken: dict[int, dict[str, int]] = {}
+        self._idle_since_s = self._waiting_said_s = time.monotonic()
+
+    def __getstate__(self) -> dict[str, Any]:  # as above
+        return {}
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """See Ray's ``Callback``."""
+        given = trial.config["trial"]
+        number = given["number"]
+        if number not in self.trials:
+            self.trials[number] = Trial(number, given["name"], given["values"])
+            self.folder.record(self.trials[number])
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        """See Ray's ``Callback``."""
+        record = self.trials[trial.config["trial"]["number"]]
+        for line in result["warnings"]:
+            self.warn(f"trial {record.number:04d}: {line}")
+        record.values = result["values"]
+        if "failed" in result:
+            record.status, record.reason = "failed", result["failed"]
+        else:
+            taken = trial.config["trial"].get("taken")
+            if taken is not None and taken != self._taken.get(record.number):
+                self._taken[record.number] = taken
+                take_over(record, self.trials[taken["number"]], taken["epoch"])
+            self._report(record, result)
+        self.folder.record(record)
+        self._show(trials, at_once=True)
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """See Ray's ``Callback``."""
+        record = self.trials.get(trial.config["trial"]["number"])
+        if record is not None and record.status == "running" and not self.pressed():
+            record.status = "stopped"
+            self.folder.record(record)
+            self._show(trials, at_once=True)
+
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """See Ray's ``Callback``."""
+        self.warn(f"trial {trial.config['trial']['number']:04d} lost a process or node; it goes on from its checkpoint")
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """See Ray's ``Callback``."""
+        given = trial.config["trial"]
+        record = self.trials.setdefault(given["number"], Trial(given["number"], given["name"], given["values"]))
+        times = self.there.launch.max_failures
+        record.status, record.reason = "failed", f"lost a process or node more than launch.max_failures={times} times"
+        self.folder.record(record)
+        self._show(trials, at_once=True)
+
+    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        """See Ray's ``Callback``."""
+        self._show(trials)
+
+    def _report(self, record: Trial, result: dict[str, Any]) -> None:
+        epoch = result["epoch"]
+        if not record.reports or record.reports[-1].epoch < epoch:
+            record.reports.append(Report(epoch, result["metrics"], result["values"], result["wall_s"]))
+            record.device_s += result["wall_s"] * self.there.devices
+        if result["finished"]:
+            record.status = "finished"
+
+    def _show(self, trials: Sequence[Any], at_once: bool = False) -> None:
+        now = time.monotonic()
+        if not at_once and now - self._shown_s < SHOWN_EVERY_S:
+            return
+        self._shown_s = now
+        running = sum(trial.status == "RUNNING" for trial in trials)
+        waiting = ""
+        if running:
+            self._idle_since_s = now
+        elif now - self._idle_since_s > WAITING_SAID_EVERY_S:
+            claim = ", ".join(f"{amount:g} {name}" for name, amount in self.there.bundle.items())
+            waiting = (
+                f"waiting for {self.there.launch.min_workers} worker(s) of {claim} for "
+                f"{now - self._idle_since_s:.0f} s; {cluster.free(self.there.bundle)}"
+            )
+            if now - self._waiting_said_s > WAITING_SAID_EVERY_S:
+                self._waiting_said_s = now
+                self.warn(waiting)
+        self.progress.update(sorted(self.trials.values(), key=lambda t: t.number), running, waiting)
+
+
+def take_over(record: Trial, donor: Trial, epoch: int) -> None:
+    """Give a trial another one's past up to an epoch: that is what its state went through. Its own time stays spent."""
+    spent_s = record.wall_s
+    past = [replace(report, wall_s=0.0) for report in donor.reports if report.epoch <= epoch]
+    record.reports = [*past[:-1], *(replace(report, wall_s=spent_s) for report in past[-1:])]

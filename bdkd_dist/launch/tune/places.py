@@ -1,0 +1,63 @@
+"""The cluster that a search runs on, and what its trials claim of it."""
+
+import math
+import os
+from contextlib import ExitStack
+from typing import Any
+
+import ray
+
+from bdkd_dist.config import Recipe
+from bdkd_dist.launch import cluster
+from bdkd_dist.launch.local import wants_cuda
+
+RAY_SETTINGS = {
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # trials keep records of their own
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
+    "TUNE_GLOBAL_CHECKPOINT_S": "3600",  # nothing is read from Ray's own notes
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",  # the new kind describes the search even where it is asked to be silent
+}
+
+
+class SearchCluster:
+    """Connects when there is something to do; a block with it ends that.
+
+    Args:
+        address: Of the cluster; without one, of this machine alone.
+        recipe: Whose workers compute there.
+    """
+
+    def __init__(self, address: str | None, recipe: Recipe):
+        self.address, self.recipe, self.launch, self.cuda = address, recipe, recipe.launch, False
+        self._stack = ExitStack()
+        self._connected = False
+
+    def connect(self) -> None:
+        """Connect, once."""
+        if self._connected:
+            return
+        os.environ.update(RAY_SETTINGS)
+        # More workers than this machine has cores may share them: they are asked for by name.
+        cpus = max(os.cpu_count() or 1, math.ceil(self.launch.min_workers * self.launch.cpus_per_worker))
+        self._stack.enter_context(cluster.connected(self.address or "local", cpus))
+        self._connected = True
+        self.cuda = wants_cuda(self.recipe, None if self.address is None else ray.cluster_resources().get("GPU", 0))
+
+    @property
+    def bundle(self) -> dict[str, float]:
+        """What a worker claims."""
+        return {"CPU": self.launch.cpus_per_worker} | ({"GPU": self.launch.gpus_per_worker} if self.cuda else {})
+
+    @property
+    def devices(self) -> float:
+        """How many devices a trial holds."""
+        each = self.launch.gpus_per_worker if self.cuda else self.launch.cpus_per_worker
+        return self.launch.min_workers * each
+
+    def __enter__(self) -> "SearchCluster":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._stack.close()

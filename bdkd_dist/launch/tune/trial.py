@@ -1,0 +1,288 @@
+"""A trial of a search, in a process of its own that serves one trial after the other.
+
+The trial's first rank trains in this very process; where a trial has several, the others are actors in the trial's
+placement group, so that Ray ends them, and frees what they hold, with the trial. What a trial needs to go on is in its
+run folder, as for every run: Ray keeps no state of it, apart from what one trial takes over from another.
+"""
+
+import json
+import math
+import os
+import time
+import traceback
+from collections import deque
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from ray.tune import Trainable
+
+from bdkd_dist import config
+from bdkd_dist.config import Recipe
+from bdkd_dist.data.loader import DataError
+from bdkd_dist.engine.checkpoint import Checkpoints, loads
+from bdkd_dist.engine.control import Control
+from bdkd_dist.engine.loop import Diverged, Trainer
+from bdkd_dist.engine.observer import EvalLog, Observer, StepLog
+from bdkd_dist.engine.patience import patiently
+from bdkd_dist.errors import UserError, first_line
+from bdkd_dist.launch.lease import Superseded
+from bdkd_dist.launch.mirror import METRICS
+from bdkd_dist.launch.ray_worker import is_loss
+from bdkd_dist.launch.run_folder import RunFolder
+from bdkd_dist.launch.tune.ranks import Ranks
+from bdkd_dist.launch.worker import enough_memory, training
+from bdkd_dist.metrics.goals import Goal
+from bdkd_dist.records.environment import write_environment
+from bdkd_dist.records.files import atomic_write
+from bdkd_dist.records.hparams import HParams
+from bdkd_dist.records.metric_lines import MetricLines
+from bdkd_dist.records.tensorboard import TensorBoardObserver
+
+CHECKPOINT = "checkpoint.pt"
+SHOWN_METRICS = ("top1", "ece", "nll")
+
+
+class Evaluated:
+    """Keeps the last evaluation that the loop told of."""
+
+    def __init__(self) -> None:
+        self.epoch, self.step, self.metrics = -1, -1, dict[str, float]()
+
+    def start(self, step: int, total_steps: int) -> None:
+        """See :meth:`Observer.start`."""
+
+    def stepped(self, log: StepLog) -> None:
+        """See :meth:`Observer.stepped`."""
+
+    def evaluated(self, log: EvalLog) -> None:
+        """See :meth:`Observer.evaluated`."""
+        self.epoch, self.step = log.epoch, log.step
+        self.metrics = flat({name: diagnosis.metrics for name, diagnosis in log.networks.items()})
+
+    def flush(self) -> None:
+        """See :meth:`Observer.flush`."""
+
+    def close(self) -> None:
+        """See :meth:`Observer.close`."""
+
+
+class TrialProcess(Trainable):
+    """What Ray Tune starts for trials. A ``step`` is the training up to the next evaluation.
+
+    Ray's ``config`` is ``{"trial": {"number", "name", "values"}}``; what all trials share comes by
+    ``tune.with_parameters``.
+    """
+
+    def setup(self, config: dict[str, Any], recipe: dict[str, Any], goal: Goal, replays: bool, cuda: bool) -> None:
+        """See Ray's ``Trainable``.
+
+        Args:
+            config: Of the first trial.
+            recipe: That all trials vary; ``run.storage`` is the folder of trials, for every node.
+            goal: What trials are measured by.
+            replays: Whether a trial that goes on says again what it said before, for a scheduler that forgot it.
+            cuda: Whether trials compute on GPUs.
+        """
+        self.recipe, self.goal, self.replays = config_of(recipe), goal, replays
+        self.device = torch.device("cuda" if cuda else "cpu")
+        self.ranks = Ranks(self.recipe.launch, cuda)
+        self._begin(config)
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """See Ray's ``Trainable``: the process takes another trial, or the same one with other values."""
+        self._close()
+        self._begin(new_config)
+        return True
+
+    def step(self) -> dict[str, Any]:
+        """See Ray's ``Trainable``. A trial that fails by itself says so; only lost processes and nodes are raised."""
+        began = time.monotonic()
+        try:
+            report = self._next_report()
+        except (Exception, SystemExit) as error:
+            cause = self.ranks.cause_of(error) if is_loss(error) else error
+            if is_loss(cause):
+                self._stack.pop_all()  # who died may have taken the storage with it: nothing more is written
+                self.ranks.end()
+                raise
+            return self._failed(cause)
+        metrics = report["metrics"]
+        return {
+            **report,
+            **result_of(self.goal, metrics),
+            "values": self.values,
+            "wall_s": time.monotonic() - began,
+            "warnings": self._warnings(),
+            "done": report["finished"],
+        }
+
+    def save_checkpoint(self, checkpoint_dir: str) -> None:
+        """See Ray's ``Trainable``: the state that another trial takes over."""
+        content = self._taken_over or Checkpoints(self.folder.checkpoints, self._warn).read_newest()[1]
+        Path(checkpoint_dir, CHECKPOINT).write_bytes(content)
+
+    def load_checkpoint(self, checkpoint_dir: str) -> None:
+        """See Ray's ``Trainable``: go on from there, whatever trial it was."""
+        self._close()
+        self._taken_over = Path(checkpoint_dir, CHECKPOINT).read_bytes()
+
+    def cleanup(self) -> None:
+        """See Ray's ``Trainable``."""
+        self._close()
+        self.ranks.end()
+
+    def _begin(self, config: dict[str, Any]) -> None:
+        trial = config["trial"]
+        self.values: dict[str, Any] = trial["values"]
+        self.folder = RunFolder(self.recipe.run.storage) / trial["name"]
+        self._run = {"run.name": trial["name"]}
+        self._stack = ExitStack()
+        self._trainer: Trainer | None = None
+        self._hparams: HParams | None = None
+        self._evaluated = Evaluated()
+        self._past: deque[dict[str, Any]] = deque()
+        self._taken_over = b""
+        self._said: list[str] = []
+        self._reported = 0
+
+    def _next_report(self) -> dict[str, Any]:
+        trainer = self._trainer or self._open()
+        if self._past:
+            report = self._past.popleft()
+        else:
+            with enough_memory(trainer.recipe):
+                while self._evaluated.epoch != trainer.epoch:
+                    self.ranks.train_epoch()
+                    trainer.run_epoch()
+                    self.ranks.wait()
+            report = {"epoch": trainer.epoch, "step": trainer.step, "metrics": self._evaluated.metrics}
+            self._evaluated.epoch = -1
+        self._reported = report["epoch"]
+        finished = report["epoch"] == trainer.recipe.train.epochs
+        if finished:
+            self._close()
+        return {**report, "finished": finished}
+
+    def _open(self) -> Trainer:
+        recipe = config.replace(self.recipe, self.values | self._run)
+        os.environ["LOCAL_WORLD_SIZE"] = str(self.ranks.open(recipe))
+        torch.set_num_threads(max(1, int(recipe.launch.cpus_per_worker)))
+        folder = self.folder
+        if self._taken_over:
+            take_over(folder, self._taken_over, self._warn)
+            self._taken_over = b""
+        folder.path.mkdir(parents=True, exist_ok=True)
+        folder.fetch("environment.json", say=self._warn)
+        atomic_write(folder.recipe, recipe.to_yaml().encode())
+        write_environment(folder.environment)
+        folder.push(folder.recipe, folder.environment, say=self._warn)
+        first = next(role for role in recipe.models.by_role if role != "teacher")
+        tags = tuple(f"val/{first}/{metric}" for metric in SHOWN_METRICS)
+        self._hparams = HParams(folder.path, self.values, tags)
+        observers: list[Observer] = [
+            TensorBoardObserver(folder.path, recipe.to_yaml()),
+            MetricLines(folder.path),
+            self._hparams,
+            self._evaluated,
+        ]
+        trainer = self._stack.enter_context(training(recipe, folder, self.device, observers, Control(), self._warn))
+        trainer.start()
+        self._trainer = trainer
+        past = validations(folder.path / METRICS, trainer.epoch)
+        self._past = deque(past if self.replays else past[-1:] if trainer.finished else [])
+        return trainer
+
+    def _failed(self, error: BaseException) -> dict[str, Any]:
+        own = isinstance(error, Diverged | UserError | DataError | Superseded)
+        reason = error.what if isinstance(error, Diverged) else first_line(error)
+        reason = reason if own else f"{type(error).__name__}: {reason}"
+        if not own:
+            self._warn("".join(traceback.format_exception(error)).rstrip())
+        self._close(failed=True)
+        self.ranks.end()
+        return {
+            "failed": reason,
+            "epoch": 1 + self._reported,  # schedulers want a time and a number, and compare with them
+            "goal": WORST,
+            "values": self.values,
+            "warnings": self._warnings(),
+            "done": True,
+        }
+
+    def _close(self, failed: bool = False) -> None:
+        """Close what is open of the trial; all of it lies in its folder then."""
+        trainer, self._trainer = self._trainer, None
+        if trainer is None and not failed:
+            return
+        if self._hparams is not None:
+            self._hparams.end(failed)
+        self._stack.close()
+        self._stack = ExitStack()
+        self.ranks.close()
+
+    def _warn(self, line: str) -> None:
+        self._said.append(line)
+
+    def _warnings(self) -> list[str]:
+        said, self._said = self._said, []
+        return said
+
+
+OBJECTIVES = ("objective_0", "objective_1")
+"""Where a result holds the goal's parts, each to be made small."""
+WORST = 1e9
+"""In place of a score that is no number: schedulers interpolate between scores."""
+
+
+def result_of(goal: Goal, metrics: Mapping[str, float]) -> dict[str, float]:
+    """Return what search and scheduler look at in a report; smaller is better."""
+    parts = dict(zip(OBJECTIVES, goal.objectives(metrics), strict=False))
+    scores = {"goal": goal.score(metrics), **parts}
+    return {name: score if math.isfinite(score) else WORST for name, score in scores.items()}
+
+
+def config_of(recipe: dict[str, Any]) -> Recipe:
+    """Return the recipe; ``config`` is a name that Ray's interface takes."""
+    return config.from_dict(recipe)
+
+
+def flat(networks: dict[str, dict[str, float]]) -> dict[str, float]:
+    """Return metrics by ``network/metric``, without the number of samples."""
+    return {
+        f"{network}/{name}": value
+        for network, metrics in networks.items()
+        for name, value in metrics.items()
+        if name != "count"
+    }
+
+
+def validations(path: Path, last_epoch: int) -> list[dict[str, Any]]:
+    """Return the evaluations on the validation split that a run has recorded up to an epoch."""
+    if not path.is_file():
+        return []
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return [
+        {"epoch": line["epoch"], "step": line["step"], "metrics": flat(_with_nan(line["validation"]))}
+        for line in lines
+        if "validation" in line and line["epoch"] <= last_epoch
+    ]
+
+
+def _with_nan(networks: dict[str, dict[str, float | None]]) -> dict[str, dict[str, float]]:
+    return {
+        network: {name: float("nan") if value is None else value for name, value in metrics.items()}
+        for network, metrics in networks.items()
+    }
+
+
+def take_over(folder: RunFolder, content: bytes, say: Any) -> None:
+    """Put another trial's checkpoint in the place of a trial's own."""
+    name = f"step-{loads(content)['step']:08d}.pt"
+    place = folder.place
+    for own in patiently(folder.kept, say):
+        if own != name:
+            patiently(lambda own=own: place.delete(f"checkpoints/{own}"), say)  # type: ignore[misc]
+    patiently(lambda: place.write(f"checkpoints/{name}", content), say)

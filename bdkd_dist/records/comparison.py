@@ -1,0 +1,396 @@
+"""Runs side by side: which of them are one method, what each method reaches on the test images, how sure that is."""
+
+import json
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path, PurePath
+from typing import Any
+
+import numpy as np
+
+from bdkd_dist.config import NOT_IDENTITY, Recipe, flatten
+from bdkd_dist.engine.observer import NetworkDiagnosis
+from bdkd_dist.errors import UserError, first_line
+from bdkd_dist.metrics import Reliability
+from bdkd_dist.records.results import read_results
+
+METRICS = ("top1", "ece", "adaece", "nll", "brier")
+DIFFERENCES = ("top1", "nll", "ece")
+"""What the bootstrap tells the methods apart by."""
+SEED = "train.seed"
+NUM_BINS = 15
+RESAMPLES = 2000
+INTERVAL = (0.025, 0.975)
+CHUNK_ELEMENTS = 2**20  # weights of 8 MiB at a time
+
+
+@dataclass(frozen=True)
+class Said:
+    """What one network said about the test images; float64, at temperature 1."""
+
+    confidence: np.ndarray
+    correct: np.ndarray
+    """1 where the most probable class is the label, else 0."""
+    nll: np.ndarray
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run."""
+
+    name: str
+    """What a person calls its folder."""
+    recipe: dict[str, Any]
+    """Resolved, by dotted key."""
+    results: dict[str, dict[str, Any]]
+    """Of the test split, by network; see :func:`bdkd_dist.engine.evaluate.calibrated`."""
+    epochs: int
+    index: np.ndarray
+    """(N,) of the test images, ascending."""
+    label: np.ndarray
+    said: dict[str, Said]
+    """By network."""
+    class_names: list[str]
+
+    @classmethod
+    def read(cls, name: str, recipe: Recipe, results: Path, predictions: Path) -> "Run":
+        """Read what a run left.
+
+        Args:
+            name: What a person calls it.
+            recipe: The resolved one.
+            results: Its ``results.json``.
+            predictions: Its ``predictions/test.parquet``.
+
+        Raises:
+            UserError: A file is damaged, or of another version.
+        """
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        try:
+            measured = read_results(results)
+            test, epochs = measured["test"], int(measured["epochs"])
+            _check_measured(test)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(_unreadable(name, "results.json", error)) from None
+        try:
+            table = pq.read_table(predictions)
+            label = table["label"].to_numpy()
+            said = {network: _said(table, network, label) for network in test}
+            class_names = json.loads(table.schema.metadata[b"class_names"])
+        except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
+            raise UserError(_unreadable(name, "predictions/test.parquet", error)) from None
+        return cls(name, flatten(recipe.to_dict()), test, epochs, table["index"].to_numpy(), label, said, class_names)
+
+    @property
+    def seed(self) -> int:
+        """The training's."""
+        return self.recipe[SEED]
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What it computes, but for the seed."""
+        return {key: value for key, value in self.recipe.items() if not key.startswith((*NOT_IDENTITY, SEED))}
+
+
+@dataclass(frozen=True)
+class Method:
+    """Runs that differ in their seeds alone."""
+
+    key: str
+    """A letter that stands for it in figures and columns."""
+    label: str
+    """In what it differs from the other methods."""
+    runs: tuple[Run, ...]
+
+    @property
+    def networks(self) -> list[str]:
+        """Students first."""
+        return sorted(self.runs[0].results, key=lambda name: (name == "teacher", name))
+
+    def values(self, network: str, metric: str, kind: str = "raw") -> np.ndarray:
+        """Return a metric of each run.
+
+        Args:
+            network: One of :attr:`networks`.
+            metric: Of :meth:`bdkd_dist.metrics.CalibrationState.compute`.
+            kind: ``raw`` or ``temperature_scaled``.
+        """
+        return np.array([run.results[network][kind][metric] for run in self.runs], float)
+
+    def temperatures(self, network: str) -> np.ndarray:
+        """Return the temperature of each run, fitted on its validation images."""
+        return np.array([run.results[network]["temperature"] for run in self.runs], float)
+
+    def reliability(self, network: str) -> NetworkDiagnosis:
+        """Return the bins over the test images of all runs together, and the top-1 and ECE of that pool."""
+        said = [run.said[network] for run in self.runs]
+        return pooled(np.concatenate([s.confidence for s in said]), np.concatenate([s.correct for s in said]))
+
+    def by_class(self, network: str) -> tuple[np.ndarray, np.ndarray]:
+        """Return accuracy and mean confidence on the images of each class, means over runs; nan without images."""
+        each = [_by_class(run, run.said[network]) for run in self.runs]
+        accuracy, confidence = np.mean(each, axis=0)
+        return accuracy, confidence
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far a method lies from the first one, and the 95 % interval of that."""
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether the interval leaves 0 out."""
+        return self.low > 0 or self.high < 0
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Methods side by side; the first is what the others are held against."""
+
+    methods: tuple[Method, ...]
+
+    @classmethod
+    def of(cls, runs: Sequence[Run]) -> "Comparison":
+        """Tell the methods apart, in the order of their first runs.
+
+        Raises:
+            UserError: The runs are of different data.
+        """
+        assert runs, "nothing to compare"
+        _check_same_data(runs)
+        groups: dict[str, list[Run]] = defaultdict(list)
+        for run in runs:
+            groups[json.dumps(run.identity, sort_keys=True)].append(run)
+        labels = method_labels([group[0].identity for group in groups.values()]) or [PurePath(runs[0].name).name]
+        methods = zip(labels, groups.values(), strict=True)
+        return cls(tuple(Method(_letter(n), label, tuple(group)) for n, (label, group) in enumerate(methods)))
+
+    @property
+    def runs(self) -> list[Run]:
+        """All of them, method by method."""
+        return [run for method in self.methods for run in method.runs]
+
+    @property
+    def networks(self) -> list[str]:
+        """Those of any method, students first."""
+        names = {name for method in self.methods for name in method.networks}
+        return sorted(names, key=lambda name: (name == "teacher", name))
+
+    @property
+    def students(self) -> list[str]:
+        """All but the teacher."""
+        return [name for name in self.networks if name != "teacher"]
+
+    def having(self, network: str) -> list[Method]:
+        """Return the methods that train such a network."""
+        return [method for method in self.methods if network in method.networks]
+
+    @property
+    def repeated(self) -> list[tuple[str, str]]:
+        """Pairs of runs of one recipe and one seed: what parts them is no choice of the seed."""
+        first: dict[tuple[str, int], str] = {}
+        pairs = []
+        for method in self.methods:
+            for run in method.runs:
+                earlier = first.setdefault((method.key, run.seed), run.name)
+                if earlier != run.name:
+                    pairs.append((earlier, run.name))
+        return pairs
+
+    def same_images(self, method: Method) -> bool:
+        """Whether a method's runs were tested on the very images, with the labels, that the first method's were."""
+        first = self.methods[0].runs[0]
+        return all(
+            np.array_equal(first.index, run.index) and np.array_equal(first.label, run.label)
+            for run in (*self.methods[0].runs, *method.runs)
+        )
+
+    @cached_property
+    def differences(self) -> dict[tuple[str, str], dict[str, Difference]]:
+        """By (method's key, student), the difference from the first method in each of :data:`DIFFERENCES`.
+
+        Only of students that both have, and of methods tested on the same images; see :func:`paired_bootstrap`.
+        """
+        first = self.methods[0]
+        comparable = [method for method in self.methods[1:] if self.same_images(method)]
+        found: dict[tuple[str, str], dict[str, Difference]] = {}
+        for student in (name for name in first.networks if name != "teacher"):
+            others = [method for method in comparable if student in method.networks]
+            said = [[run.said[student] for run in method.runs] for method in (first, *others)]
+            for method, difference in zip(others, paired_bootstrap(said), strict=True):
+                found[method.key, student] = difference
+        return found
+
+
+def method_labels(identities: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return for each recipe, by dotted key, in what it differs from the others; nothing where there is but one.
+
+    An objective's parameters are told among those of the same objective: between two objectives the name says it.
+    """
+    if len(identities) == 1:
+        return []
+    differing = [list(_differing(own, identities)) for own in identities]
+    keys = sorted({key for own in differing for key in own})
+    short = [_short(key) for key in keys]
+    shown = {key: name if short.count(name) == 1 else key for key, name in zip(keys, short, strict=True)}
+    if len(keys) > 1:
+        shown["objective.name"] = ""  # the name speaks for itself
+    parts = []
+    for own, named in zip(identities, differing, strict=True):
+        set_there = [key for key in named if own[key] not in (None, [])] or named
+        parts.append(", ".join(f"{shown[key]} {_value(own[key])}".strip() for key in set_there))
+    return parts
+
+
+def _differing(own: Mapping[str, Any], identities: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Yield the keys that tell a recipe from any other one, the objective's first."""
+    for key in sorted(own, key=lambda key: (key != "objective.name", not key.startswith("objective."))):
+        of_objective = key.startswith("objective.") and key != "objective.name"
+        others = [i for i in identities if not of_objective or i["objective.name"] == own["objective.name"]]
+        if any(key not in other or other[key] != own[key] for other in others):
+            yield key
+
+
+def _short(key: str) -> str:
+    section, _, name = key.rpartition(".")
+    return section if key == "objective.name" else name
+
+
+def _value(value: Any) -> str:
+    match value:
+        case bool() | None:
+            return str(value).lower()
+        case float():
+            return f"{value:.4g}"
+        case str():
+            return PurePath(value).name or value
+        case list() | tuple():
+            return f"[{','.join(map(_value, value))}]"
+    return str(value)
+
+
+def paired_bootstrap(
+    methods: Sequence[Sequence[Said]], resamples: int = RESAMPLES, seed: int = 0
+) -> list[dict[str, Difference]]:
+    """Return how each further method differs from the first, with 95 % percentile intervals (Efron & Tibshirani, 1993).
+
+    What is drawn with replacement are the N test images, the same draws for every run of every method: an image that
+    is hard for all does not widen the interval. From each draw every run's figure is computed, averaged over the
+    method's runs and subtracted. The trained networks stay as they are: the intervals speak of the choice of the test
+    images, not of that of the seed. Drawing with replacement raises every ECE; in the difference most of that cancels.
+
+    Args:
+        methods: For each method what each of its runs' networks said about the same N images, in the same order.
+        resamples: Number of draws.
+        seed: Of the draws.
+    """
+    count = len(methods[0][0].confidence)
+    columns = [np.stack([_columns(said) for said in runs], axis=1) for runs in methods]
+    rng = np.random.default_rng(seed)
+    exact = [_figures(np.ones((1, count)), column)[0] for column in columns]
+    drawn: list[list[np.ndarray]] = [[] for _ in methods]
+    for start in range(0, resamples, rows := max(1, CHUNK_ELEMENTS // max(1, count))):
+        weights = _weights(rng, min(rows, resamples - start), count)
+        for figures, column in zip(drawn, columns, strict=True):
+            figures.append(_figures(weights, column))
+    first, *others = (np.concatenate(figures) for figures in drawn)
+    found = []
+    for other, value in zip(others, exact[1:], strict=True):
+        ends = np.quantile(other - first, INTERVAL, axis=0)
+        rows_of = zip(value - exact[0], *ends, strict=True)
+        found.append(dict(zip(DIFFERENCES, (Difference(*map(float, row)) for row in rows_of), strict=True)))
+    return found
+
+
+def _columns(said: Said) -> np.ndarray:
+    """Return (N, 2 + bins): correct, NLL, and confidence - correct in the column of the sample's bin."""
+    gaps = np.zeros((len(said.confidence), NUM_BINS))
+    gaps[np.arange(len(gaps)), _bins(said.confidence)] = said.confidence - said.correct
+    return np.column_stack((said.correct, said.nll, gaps))
+
+
+def _figures(weights: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """Return (R, 3) top-1, NLL and ECE, means over runs, for (R, N) weights and (N, runs, 2 + bins) columns."""
+    count, runs, width = columns.shape
+    sums = (weights @ columns.reshape(count, runs * width)).reshape(-1, runs, width) / max(1, count)
+    ece = np.abs(sums[..., 2:]).sum(-1)
+    return np.stack((sums[..., 0], sums[..., 1], ece), axis=-1).mean(1)
+
+
+def _weights(rng: np.random.Generator, rows: int, count: int) -> np.ndarray:
+    """Return (rows, count): how often each image is among ``count`` drawn with replacement."""
+    draws = rng.integers(count, size=(rows, count)) + count * np.arange(rows)[:, None]
+    return np.bincount(draws.ravel(), minlength=rows * count).reshape(rows, count).astype(float)
+
+
+def pooled(confidence: np.ndarray, correct: np.ndarray) -> NetworkDiagnosis:
+    """Return the reliability diagram of (N,) samples, in the bins of :class:`bdkd_dist.metrics.CalibrationState`."""
+    bins = _bins(confidence)
+    count, right, sure = (np.bincount(bins, w, NUM_BINS) for w in (None, correct, confidence))
+    with np.errstate(invalid="ignore"):  # an empty bin has neither accuracy nor confidence
+        accuracy, mean = right / count, sure / count
+        top1, ece = correct.sum() / np.float64(len(bins)), np.abs(sure - right).sum() / np.float64(len(bins))
+    edges = tuple(b / NUM_BINS for b in range(NUM_BINS + 1))
+    reliability = Reliability(edges, tuple(count.tolist()), tuple(accuracy.tolist()), tuple(mean.tolist()))
+    return NetworkDiagnosis({"top1": float(top1), "ece": float(ece)}, reliability)
+
+
+def _bins(confidence: np.ndarray) -> np.ndarray:
+    """Return the bin (edge_b, edge_b+1] of each confidence."""
+    return np.searchsorted([b / NUM_BINS for b in range(1, NUM_BINS)], confidence)
+
+
+def _by_class(run: Run, said: Said) -> tuple[np.ndarray, np.ndarray]:
+    classes = len(run.class_names)
+    with np.errstate(invalid="ignore"):
+        count = np.bincount(run.label, minlength=classes)
+        return (
+            np.bincount(run.label, said.correct, classes) / count,
+            np.bincount(run.label, said.confidence, classes) / count,
+        )
+
+
+def _said(table: Any, network: str, label: np.ndarray) -> Said:
+    column = table[f"{network}_top5"].combine_chunks()
+    first = column.flatten().to_numpy().reshape(len(label), -1)[:, 0] if len(label) else label
+    confidence, nll = (table[f"{network}_{what}"].to_numpy() for what in ("confidence", "nll"))
+    return Said(confidence.astype(float), (first == label).astype(float), nll.astype(float))
+
+
+def _check_measured(test: Mapping[str, Any]) -> None:
+    """Raise KeyError or TypeError where results lack what is compared."""
+    for network in test.values():
+        float(network["temperature"])
+        for kind in ("raw", "temperature_scaled"):
+            for metric in METRICS:
+                float(network[kind][metric])
+
+
+def _unreadable(name: str, file: str, error: Exception) -> str:
+    return f"{name}/{file} cannot be read ({type(error).__name__}: {first_line(error)}); bdkd evaluate writes it anew"
+
+
+def _check_same_data(runs: Sequence[Run]) -> None:
+    first = runs[0]
+    for run in runs[1:]:
+        both = f"{run.name} and {first.name} are of different data"
+        for key in ("data.dataset", "data.num_classes"):
+            if run.recipe[key] != first.recipe[key]:
+                raise UserError(f"{both}: {key} is {run.recipe[key]} there, {first.recipe[key]} here")
+        for number, (there, here) in enumerate(zip(run.class_names, first.class_names, strict=True)):
+            if there != here:
+                raise UserError(f"{both}: class {number} is '{there}' there, '{here}' here")
+
+
+def _letter(number: int) -> str:
+    """Return A to Z, then AA, AB and so on."""
+    above, own = divmod(number, 26)
+    return (_letter(above - 1) if above else "") + chr(ord("A") + own)

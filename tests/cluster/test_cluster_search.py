@@ -1,0 +1,114 @@
+"""Searches on several Ray nodes: trials that lose their node, trials of several workers, and what Ray has then."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray_node
+import runs
+import searches
+from ray_node import RayHead
+from runs import assert_same_weights, environment, execute, metric_lines
+from searches import TINY, records
+from test_cluster_faults import Driver
+
+pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.cluster, pytest.mark.timeout(900)]
+
+LEFT = """
+import json, sys, time, ray
+from ray.util.state import list_placement_groups
+
+ray.init(address=sys.argv[1], log_to_driver=False)
+there = {name: amount for name, amount in ray.cluster_resources().items() if name == "CPU"}
+for _ in range(100):  # Ray tells of what is free a moment later
+    free = {name: ray.available_resources().get(name, 0) for name in there}
+    groups = [group.state for group in list_placement_groups() if group.state != "REMOVED"]
+    if free == there and not groups:
+        break
+    time.sleep(0.2)
+print(json.dumps([there, free, groups]))
+"""
+
+
+def search(cache: Path, folder: Path, space: str, *words: str) -> list[str]:
+    file = folder / "space.py"
+    file.write_text(space)
+    return searches.command(file, cache, folder, *words)
+
+
+def left(head: RayHead) -> Any:
+    """Return the cluster's CPUs, those that are free, and the placement groups that are there."""
+    done = subprocess.run(
+        [sys.executable, "-c", LEFT, head.gcs], capture_output=True, text=True, env=environment() | head.environment
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def ends(driver: Driver) -> str:
+    try:
+        return driver.ends()
+    finally:
+        if driver.process.poll() is None:
+            os.killpg(driver.process.pid, signal.SIGKILL)
+
+
+def amid(folder: Path, epoch: int) -> Callable[[], bool]:
+    """Return a question whether the first trial has reported an epoch."""
+    return lambda: any(
+        report["epoch"] >= epoch for trial in records(folder / "search")[:1] for report in trial["reports"]
+    )
+
+
+def test_more_trials_than_fit_each_of_two_workers_and_stopped_early_leave_the_cluster_whole(
+    ray_head: RayHead, cache: Path, tmp_path: Path
+) -> None:
+    # The best comes first, so that the others are given up at the first rung.
+    arguments = search(
+        cache,
+        tmp_path,
+        searches.grid(lr=[0.05, 0.00001, 0.000005, 0.000001]),
+        *("--scheduler", "asha", "launch.workers=2", "launch.placement=spread"),
+    )
+    with ExitStack() as stack:
+        stack.enter_context(ray_node.joined(ray_head, "127.0.0.3"))
+        stack.enter_context(ray_node.joined(ray_head, "127.0.0.4"))
+        ends(Driver(ray_head, arguments, tmp_path / "driver.log"))
+        there, free, groups = left(ray_head)
+    assert there == {"CPU": 2}
+    assert free == there
+    assert groups == []
+    trials = records(tmp_path / "search")
+    assert [trial["status"] for trial in trials] == ["finished", "stopped", "stopped", "stopped"]
+    assert all(len(trial["reports"]) == 1 for trial in trials[1:])
+    assert trials[0]["device_s"] == pytest.approx(2 * sum(report["wall_s"] for report in trials[0]["reports"]))
+
+
+def test_a_trial_whose_node_dies_goes_on_elsewhere_to_the_same_bits(
+    ray_head: RayHead, cache: Path, tmp_path: Path
+) -> None:
+    epochs = "train.epochs=6"
+    arguments = search(cache, tmp_path, searches.grid(lr=[0.05]), "--scheduler", "none", epochs)
+    places = [f"data.prepared={cache}", f"run.storage={tmp_path}", "run.name=alone"]
+    execute([str(runs.BDKD), "train", "digits", *TINY, *places, epochs, "optimizer.lr=0.05"])
+    with ExitStack() as stack:
+        first = stack.enter_context(ray_node.joined(ray_head, "127.0.0.3"))
+        driver = Driver(ray_head, arguments, tmp_path / "driver.log")
+        driver.until(amid(tmp_path, 2))
+        os.kill(first, signal.SIGKILL)
+        stack.enter_context(ray_node.joined(ray_head, "127.0.0.4"))
+        said = ends(driver)
+    assert "trial 0000 lost a process or node; it goes on from its checkpoint" in said
+    (trial,) = records(tmp_path / "search")
+    assert trial["status"] == "finished"
+    assert [report["epoch"] for report in trial["reports"]] == [1, 2, 3, 4, 5, 6]
+    run = tmp_path / "search/trials" / trial["name"]
+    assert_same_weights(run, tmp_path / "alone")
+    assert metric_lines(run) == metric_lines(tmp_path / "alone")

@@ -1,0 +1,272 @@
+"""``bdkd tune`` from end to end: what it leaves, what it survives, what it refuses."""
+
+import json
+import math
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import searches
+import yaml
+from runs import assert_same_weights, break_off, event_points, execute
+from searches import command, records
+from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+from bdkd_dist import config
+
+pytestmark = [pytest.mark.slow, pytest.mark.ray]
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Write a space file."""
+
+    def write(text: str) -> Path:
+        path = tmp_path_factory.mktemp("space") / "space.py"
+        path.write_text(text)
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="module")
+def ended(written: Callable[[str], Path], cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A grid of three seeds that train and one learning rate at which the loss leaves the numbers."""
+    storage = tmp_path_factory.mktemp("ended")
+    space = written(searches.grid(lr=[0.05, 1e12], seed=[0, 1]))
+    words = ["--scheduler", "none", "--goal", "nll"]
+    done = execute(command(space, cache, storage, *words))
+    assert "Traceback" not in done.stdout + done.stderr
+    (storage / "output.txt").write_text(done.stdout)
+    return storage / "search"
+
+
+def test_every_trial_is_recorded_and_the_diverged_ones_say_why(ended: Path) -> None:
+    trials = records(ended)
+    assert [trial["number"] for trial in trials] == [0, 1, 2, 3]
+    by_lr = {lr: [t for t in trials if t["values"]["optimizer.lr"] == lr] for lr in (0.05, 1e12)}
+    assert [trial["status"] for trial in by_lr[0.05]] == ["finished", "finished"]
+    assert [trial["status"] for trial in by_lr[1e12]] == ["failed", "failed"]
+    assert all("not finite" in trial["reason"] for trial in by_lr[1e12])
+    for trial in by_lr[0.05]:
+        lines = [json.loads(line) for line in (ended / "trials" / trial["name"] / "metrics.jsonl").open()]
+        evaluated = [line for line in lines if "validation" in line]
+        assert [report["epoch"] for report in trial["reports"]] == [1, 2, 3]
+        assert [r["metrics"]["student/nll"] for r in trial["reports"]] == [
+            line["validation"]["student"]["nll"] for line in evaluated
+        ]
+        assert trial["device_s"] == pytest.approx(sum(report["wall_s"] for report in trial["reports"]))
+
+
+def test_the_best_on_validation_alone_is_looked_at_on_test(ended: Path) -> None:
+    finished = [trial for trial in records(ended) if trial["status"] == "finished"]
+    best = min(finished, key=lambda trial: trial["reports"][-1]["metrics"]["student/nll"])
+    with_results = [path.parent.name for path in ended.glob("trials/*/results.json")]
+    assert with_results == [best["name"]]
+    recipe = config.load(str(ended / "best.yaml"))
+    assert recipe.train.seed == best["values"]["train.seed"]
+    assert recipe.optimizer.lr == 0.05
+
+
+def test_the_table_of_trials_is_what_the_records_say(ended: Path) -> None:
+    table = pq.read_table(ended / "trials.parquet").to_pylist()
+    for row, trial in zip(table, records(ended), strict=True):
+        assert (row["number"], row["status"], row["name"]) == (trial["number"], trial["status"], trial["name"])
+        assert row["optimizer.lr"] == trial["values"]["optimizer.lr"]
+        assert [r["epoch"] for r in row["reports"]] == [r["epoch"] for r in trial["reports"]]
+    for name in ("report.html", "pareto.png"):
+        assert (ended / name).stat().st_size > 1000
+
+
+def test_tensorboard_shows_every_trial_in_the_hparams_tab(ended: Path) -> None:
+    multiplexer = EventMultiplexer().AddRunsFromDirectory(str(ended / "trials"))
+    multiplexer.Reload()
+    trials = records(ended)
+    assert len(trials) == 4
+    for trial in trials:
+        run = f"{trial['name']}/tensorboard"
+        content = multiplexer.GetAccumulator(run).summary_metadata
+        begun = _plugin(content["_hparams_/session_start_info"]).session_start_info
+        assert begun.hparams["optimizer.lr"].number_value == trial["values"]["optimizer.lr"]
+        ended_as = _plugin(content["_hparams_/session_end_info"]).session_end_info.status
+        assert ended_as == {"finished": 1, "failed": 2}[trial["status"]]  # STATUS_SUCCESS, STATUS_FAILURE
+        if trial["status"] == "finished":
+            assert event_points(ended / "trials" / trial["name"])[("val/student/nll", 9)] == 1
+
+
+def _plugin(metadata: Any) -> HParamsPluginData:
+    return HParamsPluginData.FromString(metadata.plugin_data.content)
+
+
+def test_typed_again_nothing_is_trained_and_more_trials_go_on(
+    ended: Path, cache: Path, written: Callable[[str], Path]
+) -> None:
+    before = {path: path.stat().st_mtime_ns for path in ended.glob("trials/*/checkpoints/*")}
+    space = written(searches.grid(lr=[0.05, 1e12], seed=[0, 1]))
+    done = execute(command(space, cache, ended.parent, "--scheduler", "none"))
+    assert "searching" not in done.stdout
+    assert {path: path.stat().st_mtime_ns for path in ended.glob("trials/*/checkpoints/*")} == before
+
+
+def test_another_search_in_the_folder_is_refused(ended: Path, cache: Path, written: Callable[[str], Path]) -> None:
+    same = searches.grid(lr=[0.05, 1e12], seed=[0, 1])
+    files = {path: path.stat().st_mtime_ns for path in ended.rglob("*") if path.is_file() and path.name != "run.lock"}
+    for space, words, said in (
+        (same, ["--goal", "ece"], "goal is nll there, ece here"),
+        (same, ["--seed", "3"], "seed is 0 there, 3 here"),
+        (same, ["train.epochs=4"], "train.epochs is 3 there, 4 here"),
+        (same + "# other\n", [], "space is other lines there"),
+    ):
+        done = execute(command(written(space), cache, ended.parent, "--scheduler", "none", *words), status=2)
+        assert said in done.stderr
+        assert "choose another run.name" in done.stderr
+        assert len(done.stderr.strip().splitlines()) == 1
+    assert files == {path: path.stat().st_mtime_ns for path in files}
+
+
+def test_a_killed_search_keeps_finished_trials_and_goes_on_with_the_others(
+    ended: Path, written: Callable[[str], Path], cache: Path, tmp_path: Path
+) -> None:
+    space = written(searches.grid(lr=[0.05], seed=[0, 1, 2, 3]))
+    arguments = command(space, cache, tmp_path, "--scheduler", "none", "--test", "all")
+    search = tmp_path / "search"
+
+    def amid() -> bool:
+        done = [trial["status"] for trial in _whole_records(search)]
+        going = [trial for trial in _whole_records(search) if trial["status"] == "running" and trial["reports"]]
+        return "finished" in done and bool(going)
+
+    break_off(arguments, amid, signal.SIGKILL)
+    kept = {trial["name"]: trial for trial in _whole_records(search) if trial["status"] == "finished"}
+    stamps = {name: _stamp(search / "trials" / name) for name in kept}
+    partly = [t["name"] for t in _whole_records(search) if t["status"] == "running" and t["reports"]]
+    execute(arguments)
+    after = {trial["name"]: trial for trial in records(search)}
+    assert [trial["status"] for trial in after.values()] == ["finished"] * 4
+    for name, trial in kept.items():
+        assert after[name] == trial
+        assert _stamp(search / "trials" / name) == stamps[name]
+    for name in partly:
+        assert [report["epoch"] for report in after[name]["reports"]] == [1, 2, 3]
+        points = event_points(search / "trials" / name)
+        assert {points[("val/student/nll", step)] for step in (3, 6, 9)} == {1}
+    unbroken = [trial for trial in records(ended) if trial["status"] == "finished"]
+    by_seed = {trial["values"]["train.seed"]: trial["name"] for trial in unbroken}
+    for trial in after.values():
+        if (name := by_seed.get(trial["values"]["train.seed"])) is not None:
+            assert_same_weights(search / "trials" / trial["name"], ended / "trials" / name)
+
+
+def _stamp(run: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_mtime_ns for path in run.glob("checkpoints/*")}
+
+
+def _whole_records(search: Path) -> list[dict[str, Any]]:
+    return records(search) if search.exists() else []
+
+
+def test_ctrl_c_ends_with_what_was_found_and_the_same_command_goes_on(
+    written: Callable[[str], Path], cache: Path, tmp_path: Path
+) -> None:
+    space = written(searches.RANGES)
+    arguments = command(space, cache, tmp_path, "--num-trials", "5", "--scheduler", "asha", "--search", "tpe")
+    search = tmp_path / "search"
+    amid = lambda: any(t["status"] in ("finished", "stopped") for t in _whole_records(search))  # noqa: E731
+    status, output = break_off(arguments, amid, signal.SIGINT)
+    assert status == 130, output
+    assert "go on with: bdkd tune" in output
+    assert "Traceback" not in output
+    done = {t["number"]: t for t in _whole_records(search) if t["status"] != "running"}
+    execute(arguments)
+    after = records(search)
+    assert [trial["number"] for trial in after] == [0, 1, 2, 3, 4]
+    assert all(trial["status"] in ("finished", "stopped") for trial in after)
+    assert all(after[number] == trial for number, trial in done.items())
+    drawn = [trial["values"]["objective.nu_forward"] for trial in after]
+    assert len(set(drawn)) == 5  # going on does not draw the first ones again
+
+
+def test_bohb_like_pareto_search_under_a_constraint(
+    written: Callable[[str], Path], cache: Path, tmp_path: Path
+) -> None:
+    space = written(searches.RANGES)
+    words = ["--goal", "pareto", "--search", "tpe", "--scheduler", "hyperband", "--num-trials", "6"]
+    execute(command(space, cache, tmp_path, *words))
+    finished = [trial for trial in records(tmp_path / "search") if trial["status"] == "finished"]
+    pairs = {t["name"]: t["reports"][-1]["metrics"] for t in finished}
+    front = {
+        name
+        for name, one in pairs.items()
+        if not any(
+            other["student/top1"] >= one["student/top1"]
+            and other["student/ece"] <= one["student/ece"]
+            and (other["student/top1"], other["student/ece"]) != (one["student/top1"], one["student/ece"])
+            for other in pairs.values()
+        )
+    }
+    assert {path.parent.name for path in (tmp_path / "search").glob("trials/*/results.json")} == front
+
+
+def test_a_constraint_that_nothing_meets_names_the_nearest(
+    written: Callable[[str], Path], cache: Path, tmp_path: Path
+) -> None:
+    space = written(searches.grid(lr=[0.05, 0.01]))
+    words = ["--goal", "accuracy", "--subject-to", "ece<=0.00001", "--scheduler", "median"]
+    done = execute(command(space, cache, tmp_path, *words), status=2)
+    trials = [trial for trial in records(tmp_path / "search") if trial["status"] == "finished"]
+    nearest = min(trials, key=lambda trial: trial["reports"][-1]["metrics"]["student/ece"])
+    line = done.stderr.strip().splitlines()[-1]
+    assert f"the nearest is trial {nearest['number']:04d}" in line
+    assert (tmp_path / "search/trials.parquet").exists()
+
+
+def test_a_search_in_which_nothing_finished_says_so(
+    written: Callable[[str], Path], cache: Path, tmp_path: Path
+) -> None:
+    done = execute(command(written(searches.grid(lr=[1e12])), cache, tmp_path), status=2)
+    line = done.stderr.strip().splitlines()[-1]
+    assert "none of the 1 trials" in line
+    assert "not finite" in line
+    assert (tmp_path / "search/trials.parquet").exists()
+
+
+def test_population_based_training_changes_values_and_goes_on_from_the_donors_epoch(
+    written: Callable[[str], Path], cache: Path, tmp_path: Path
+) -> None:
+    space = written(
+        "from ray import tune\nDEFAULTS = {'scheduler': 'pbt'}\n"
+        "def search_space():\n    return {'objective.nu_forward': tune.uniform(0.5, 4)}\n"
+    )
+    execute(command(space, cache, tmp_path, "--num-trials", "4", "train.epochs=5"))
+    trials = records(tmp_path / "search")
+    assert [trial["status"] for trial in trials] == ["finished"] * 4
+    schedules = [[report["values"]["objective.nu_forward"] for report in trial["reports"]] for trial in trials]
+    assert any(len(set(schedule)) > 1 for schedule in schedules)
+    assert all(0.5 <= value <= 4 for schedule in schedules for value in schedule)
+    assert all([report["epoch"] for report in trial["reports"]] == [1, 2, 3, 4, 5] for trial in trials)
+    lineages = [[tuple(report["metrics"].items()) for report in trial["reports"]] for trial in trials]
+    # Who took over another's state has its past.
+    assert any(one[0] == other[0] for number, one in enumerate(lineages) for other in lineages[:number])
+    assert not (tmp_path / "search/ray").exists()
+    assert yaml.safe_load((tmp_path / "search/best.yaml").read_text())["objective"]["name"] == "bdkd"
+
+
+def test_a_search_in_a_bucket(
+    storage: Any, written: Callable[[str], Path], cache: Path, tmp_path: Path, quick: Callable[[float], None]
+) -> None:
+    space = written(searches.grid(seed=[0, 1]))
+    arguments = command(space, cache, storage.uri("runs"), "--scheduler", "none", name="bucket")
+    execute(arguments)
+    here = storage.copy_to("runs/bucket", tmp_path / "copy")
+    assert [trial["status"] for trial in records(here)] == ["finished", "finished"]
+    assert {"best.yaml", "report.html", "search.yaml", "trials.parquet"} <= {path.name for path in here.iterdir()}
+    assert len(list(here.glob("trials/*/results.json"))) == 1
+    assert not math.isnan(records(here)[0]["reports"][-1]["metrics"]["student/nll"])
+    assert os.environ["AWS_SECRET_ACCESS_KEY"].encode() not in b"".join(
+        path.read_bytes() for path in here.rglob("*") if path.is_file()
+    )

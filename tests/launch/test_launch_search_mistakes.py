@@ -1,0 +1,120 @@
+"""Each mistake in a search is one line, said before anything starts; what was there stays."""
+
+from collections.abc import Callable
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+import searches
+from rich.console import Console
+
+from bdkd_dist import config
+from bdkd_dist.errors import UserError
+from bdkd_dist.launch import jobs
+from bdkd_dist.launch.tune import search
+from bdkd_dist.launch.tune.search import Asked
+
+PBT = searches.RANGES + "DEFAULTS = {'scheduler': 'pbt'}\n"
+MIXED = """
+from ray import tune
+
+def search_space():
+    return {"optimizer.lr": tune.loguniform(0.01, 0.1), "train.seed": tune.grid_search([0, 1])}
+"""
+
+
+@pytest.fixture
+def refused(cache: Path, tmp_path: Path) -> Callable[..., str]:
+    """Return what a search says to a mistake, having checked that nothing was printed or left behind."""
+
+    def run(space: str, asked: Asked, *overrides: str) -> str:
+        file = tmp_path / "space.py"
+        file.write_text(space)
+        places = [f"data.prepared={cache}", f"run.storage={tmp_path / 'runs'}", "run.name=search"]
+        printed = StringIO()
+        before = sorted(tmp_path.rglob("*"))
+        recipe = config.load("digits", [*searches.TINY, *places, *overrides])
+        with pytest.raises(UserError) as caught:
+            search.search(str(file), recipe, asked, Console(file=printed))
+        assert printed.getvalue() == ""
+        left = {path for path in tmp_path.rglob("*") if path.suffix != ".pyc" and path.name != "__pycache__"}
+        assert left - set(before) <= {tmp_path / "runs", tmp_path / "runs/search", tmp_path / "runs/search/run.lock"}
+        line = str(caught.value)
+        assert "\n" not in line
+        return line
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("space", "asked", "words"),
+    [
+        (searches.RANGES, Asked(goal="acuracy"), ["unknown goal 'acuracy'", "did you mean 'accuracy'?"]),
+        (searches.RANGES, Asked(goal="student/gap"), ["student/gap", "allowed"]),
+        (searches.RANGES, Asked(goal="student_ema/nll"), ["student_ema"]),  # there is none without train.ema_decay
+        (searches.RANGES, Asked(subject_to=("student/ece=0.02",)), ["student/ece=0.02", "<="]),
+        (searches.RANGES, Asked(scheduler="ahsa"), ["--scheduler", "did you mean 'asha'?"]),
+        (searches.RANGES, Asked(search="tpa"), ["--search", "did you mean 'tpe'?"]),
+        (searches.RANGES, Asked(search="grid"), ["--search grid", "ranges"]),
+        (searches.RANGES, Asked(test="bset"), ["--test", "did you mean 'best'?"]),
+        (searches.RANGES, Asked(num_trials=-1), ["--num-trials -1", "at least 1"]),
+        (searches.RANGES, Asked(num_trials=0), ["--num-trials 0", "at least 1"]),
+        (searches.grid(seed=[0, 1]), Asked(search="tpe"), ["--search tpe", "grid"]),
+        (MIXED, Asked(), ["--search tpe", "grid"]),
+        (PBT, Asked(search="tpe"), ["--search tpe", "pbt"]),
+        ("def search_space():\n    return {}\n", Asked(), ["space.py", "empty"]),
+        (
+            searches.grid(seed=[0]).replace("train.seed", "train.sed"),
+            Asked(),
+            ["train.sed", "did you mean 'train.seed'?"],
+        ),
+    ],
+)
+def test_a_mistake_is_one_line(refused: Callable[..., str], space: str, asked: Asked, words: list[str]) -> None:
+    line = refused(space, asked)
+    for word in words:
+        assert word in line
+
+
+def test_trials_have_a_fixed_number_of_workers(refused: Callable[..., str]) -> None:
+    assert "launch.workers=[1, 2]" in refused(searches.RANGES, Asked(), "launch.workers=[1,2]")
+
+
+@pytest.mark.parametrize(("name", "said"), [("thesis.txt", "holds no search"), ("recipe.yaml", "holds no search")])
+def test_a_folder_that_holds_something_else_is_kept(
+    refused: Callable[..., Any], tmp_path: Path, name: str, said: str
+) -> None:
+    (tmp_path / "runs/search").mkdir(parents=True)
+    (tmp_path / "runs/search" / name).write_text("mine")
+    assert said in refused(searches.RANGES, Asked())
+    assert (tmp_path / "runs/search" / name).read_text() == "mine"
+
+
+def test_a_damaged_search_file_is_said(refused: Callable[..., Any], tmp_path: Path) -> None:
+    (tmp_path / "runs/search").mkdir(parents=True)
+    (tmp_path / "runs/search/search.yaml").write_text("recipe: [")
+    assert "search.yaml does not fit this version" in refused(searches.RANGES, Asked())
+
+
+def test_a_job_is_sent_with_a_space_that_travels_and_fits(tmp_path: Path) -> None:
+    (tmp_path / "away").mkdir()
+    for file in (tmp_path / "away/space.py", tmp_path / "space.py"):
+        file.write_text(searches.RANGES)
+    arguments = ["tune", "space.py", "digits", "run.storage=/shared/runs"]
+
+    def check(space: str, *overrides: str) -> None:
+        given = {"space": space, "recipe": "digits", "overrides": [*overrides]}
+        jobs.check(arguments, given, tmp_path)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        places = ("run.storage=/shared/runs", "data.prepared=/shared/prepared")
+        check("space.py", *places)
+        with pytest.raises(UserError, match="does not travel"):
+            check(str(tmp_path / "away/space.py"), *places)
+        with pytest.raises(UserError, match=r"run\.storage=runs"):
+            check("space.py", "run.storage=runs", places[1])
+        (tmp_path / "space.py").write_text(searches.RANGES.replace("nu_forward", "nu_forwards"))
+        with pytest.raises(UserError, match="nu_forward"):
+            check("space.py", *places)

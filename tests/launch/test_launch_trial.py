@@ -1,0 +1,114 @@
+"""A trial's process: what it takes over from another trial, and that it serves one after the other."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import torch
+from searches import TINY
+
+from bdkd_dist import config
+from bdkd_dist.data.dataset import find_prepared
+from bdkd_dist.launch import cluster
+from bdkd_dist.launch.run_folder import RunFolder
+from bdkd_dist.launch.tune.trial import CHECKPOINT, TrialProcess, take_over
+from bdkd_dist.metrics.goals import Goal
+
+pytestmark = [pytest.mark.slow, pytest.mark.ray]
+BUSY, KEEN = {"objective.nu_forward": 3.0}, {"objective.nu_forward": 1.5, "train.seed": 1}
+
+
+@pytest.fixture(scope="module")
+def process(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Any]]:
+    """Start a process for a trial, as Ray Tune does, with the folder of trials in which it works."""
+    from ray import tune
+
+    storage = tmp_path_factory.mktemp("trials")
+    recipe = config.load("digits", [*TINY, f"data.prepared={cache}", f"run.storage={storage}", "data.threads=1"])
+    find_prepared(recipe.data)
+    with pytest.MonkeyPatch.context() as patch, cluster.connected("local", 2):
+        patch.setenv("RAY_CHDIR_TO_TRIAL_DIR", "0")
+        settings = {"recipe": recipe.to_dict(), "goal": Goal.parse("nll"), "replays": False, "cuda": False}
+        kind = ray.remote(tune.with_parameters(TrialProcess, **settings))
+
+        def start(name: str, values: dict[str, Any]) -> Any:
+            return kind.options(num_cpus=1).remote(config=trial(name, values))
+
+        start.storage = storage  # type: ignore[attr-defined]
+        yield start
+
+
+def trial(name: str, values: dict[str, Any]) -> dict[str, Any]:
+    return {"trial": {"number": 0, "name": name, "values": values}}
+
+
+def newest(folder: Path) -> dict[str, Any]:
+    return torch.load(max(folder.glob("checkpoints/step-*.pt")), weights_only=True)
+
+
+def assert_equal(one: dict[str, Any], other: dict[str, Any]) -> None:
+    for name, network in one["networks"].items():
+        for key, value in network.items():
+            assert torch.equal(value, other["networks"][name][key]), f"{name}.{key}"
+    for key, state in one["optimizer"]["state"].items():
+        assert torch.equal(state["momentum_buffer"], other["optimizer"]["state"][key]["momentum_buffer"]), key
+    assert (one["step"], one["epoch"]) == (other["step"], other["epoch"])
+
+
+def test_a_trial_that_exploits_another_has_its_state_bit_for_bit_and_trains_on_from_it(
+    process: Any, tmp_path: Path
+) -> None:
+    donor, taker = process("donor", KEEN), process("taker", BUSY)
+    first = [ray.get([donor.train.remote(), taker.train.remote()]) for _ in range(2)][-1]
+    assert [result["epoch"] for result in first] == [2, 2]
+    ray.get(donor.save.remote(str(tmp_path / "given")))
+    given = torch.load(tmp_path / "given" / CHECKPOINT, weights_only=True)
+    assert_equal(given, newest(process.storage / "donor"))
+    with pytest.raises(AssertionError):
+        assert_equal(given, newest(process.storage / "taker"))
+
+    # As Ray does: the same process, with the donor's values, and then its state.
+    assert ray.get(taker.reset.remote(trial("taker", KEEN)))
+    ray.get(taker.restore.remote(str(tmp_path / "given")))
+    ray.get(taker.save.remote(str(tmp_path / "kept")))  # before anything is trained
+    assert (tmp_path / "kept" / CHECKPOINT).read_bytes() == (tmp_path / "given" / CHECKPOINT).read_bytes()
+    ends = ray.get([donor.train.remote(), taker.train.remote()])
+    assert [end["epoch"] for end in ends] == [3, 3]
+    assert ends[0]["metrics"] == ends[1]["metrics"]
+    assert_equal(newest(process.storage / "donor"), newest(process.storage / "taker"))
+    ray.kill(donor)
+    ray.kill(taker)
+
+
+def test_a_process_that_served_one_trial_serves_the_next_as_a_new_one_would(process: Any) -> None:
+    used, new = process("before", BUSY), process("new", KEEN)
+    ray.get(used.train.remote())
+    assert ray.get(used.reset.remote(trial("used", KEEN)))
+    one, other = ([ray.get(actor.train.remote()) for _ in range(3)] for actor in (used, new))
+    assert [result["metrics"] for result in one] == [result["metrics"] for result in other]
+    assert [result["done"] for result in one] == [False, False, True]
+    assert_equal(newest(process.storage / "used"), newest(process.storage / "new"))
+    ray.kill(used)
+    ray.kill(new)
+
+
+def test_a_trials_own_fault_is_a_result_with_its_reason(process: Any) -> None:
+    actor = process("broken", {"data.train_limit": 20})  # less than a batch
+    result = ray.get(actor.train.remote())
+    assert result["done"]
+    assert "train.batch_size=64: larger than the 20 training images" in result["failed"]
+    assert result["goal"] > 1e6
+    ray.kill(actor)
+
+
+def test_what_a_trial_takes_over_stands_alone_among_its_checkpoints(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    folder.checkpoints.mkdir(parents=True)
+    for step in (3, 6, 9):
+        torch.save({"step": step}, folder.checkpoints / f"step-{step:08d}.pt")
+    torch.save({"step": 6, "of": "another"}, tmp_path / "given.pt")
+    take_over(folder, (tmp_path / "given.pt").read_bytes(), print)
+    assert folder.kept() == ["step-00000006.pt"]
+    assert (folder.checkpoints / "step-00000006.pt").read_bytes() == (tmp_path / "given.pt").read_bytes()

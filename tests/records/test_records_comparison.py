@@ -1,0 +1,452 @@
+"""A comparison's figures against NumPy written out here, and against values worked by hand."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+from rich.console import Console
+
+from bdkd_dist import config
+from bdkd_dist.config import flatten
+from bdkd_dist.engine.evaluate import Outputs, predictions
+from bdkd_dist.errors import UserError
+from bdkd_dist.metrics import CalibrationState
+from bdkd_dist.records.comparison import Comparison, Run, Said, method_labels, paired_bootstrap, pooled
+from bdkd_dist.records.comparison_figures import accuracy_ece_figure, reliability_rows, save_stacked_png
+from bdkd_dist.records.comparison_report import (
+    is_comparison,
+    method_rows,
+    methods_table,
+    page,
+    spread,
+    write_comparison,
+)
+from bdkd_dist.records.predictions import write_predictions
+from bdkd_dist.records.results import write_results
+
+CLASSES, COUNT = 10, 200
+NAMES = [f"class {n}" for n in range(CLASSES)]
+
+
+def logits(seed: int, skill: float = 2.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits of a network that is right more often than not, and the labels."""
+    rng = np.random.default_rng(99)
+    label = rng.integers(CLASSES, size=COUNT)
+    noise = np.random.default_rng(seed).normal(size=(COUNT, CLASSES))
+    noise[np.arange(COUNT), label] += skill
+    return torch.from_numpy(2 * noise), torch.from_numpy(label)
+
+
+def measured(z: torch.Tensor, label: torch.Tensor) -> dict[str, float]:
+    state = CalibrationState(CLASSES)
+    state.update(z, label)
+    return state.compute()
+
+
+def left(folder: Path, *overrides: str, skill: float = 2.0) -> Run:
+    """A run as training leaves it, of made-up logits, read back."""
+    recipe = config.load("digits", [f"run.name={folder.name}", *overrides])
+    networks = {role: logits(1000 * recipe.train.seed + n, skill) for n, role in enumerate(recipe.models.by_role)}
+    test = {
+        name: {
+            "raw": measured(z, label),
+            "temperature_scaled": measured(z / 1.5, label),
+            "temperature": 1.5,
+            "vector_scaled": None,
+        }
+        for name, (z, label) in networks.items()
+    }
+    (folder / "predictions").mkdir(parents=True)
+    write_results(folder / "results.json", {"epochs": 3, "test": test, "validation": test})
+    label = networks["student" if "student" in networks else "student_1"][1]
+    said = predictions(Outputs(torch.arange(COUNT), label, {name: z for name, (z, _) in networks.items()}))
+    assert said is not None
+    write_predictions(folder / "predictions/test.parquet", *said, NAMES)
+    return Run.read(f"runs/{folder.name}", recipe, folder / "results.json", folder / "predictions/test.parquet")
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory: pytest.TempPathFactory) -> list[Run]:
+    """Two methods of two seeds each."""
+    folder = tmp_path_factory.mktemp("runs")
+    made = [("bdkd", 1, 2.0), ("dml", 1, 1.6), ("bdkd", 2, 2.0), ("dml", 2, 1.6)]
+    return [
+        left(folder / f"{name}-{seed}", f"objective.name={name}", f"train.seed={seed}", skill=skill)
+        for name, seed, skill in made
+    ]
+
+
+# --- which runs are one method, and what it is called
+
+
+def labels(*overrides: Sequence[str]) -> list[str]:
+    recipes = [flatten(config.load("digits", list(keys)).to_dict()) for keys in overrides]
+    return method_labels(recipes)
+
+
+def test_a_method_is_called_by_what_is_its_own() -> None:
+    bdkd, dml = "objective.name=bdkd", "objective.name=dml"
+    assert labels([bdkd], [dml]) == ["objective bdkd", "objective dml"]
+    assert labels([bdkd, "optimizer.lr=0.05"], [dml, "optimizer.lr=0.1"]) == ["bdkd, lr 0.05", "dml, lr 0.1"]
+    assert labels(["optimizer.lr=0.05"], ["optimizer.lr=0.012345678"]) == ["lr 0.05", "lr 0.01235"]
+    several = ["models.students=[resnet8,resnet14]"]
+    assert labels([], several) == ["student resnet8", "students [resnet8,resnet14]"]
+    resize = "data.resize={start_px: 16, end_px: 32, to_epoch: 5, multiple_px: 8}"
+    steps = "start_px 16, end_px 32, from_epoch 0, to_epoch 5, multiple_px 8"
+    assert labels([], [resize]) == ["resize none", steps]
+    assert labels([], ["optimizer.clip_grad_norm=2"]) == ["clip_grad_norm none", "clip_grad_norm 2"]
+
+
+def test_parameters_are_told_among_the_methods_of_one_objective() -> None:
+    found = labels(["objective.nu_reverse=2.5"], ["objective.nu_reverse=3"], ["objective.name=dml"])
+    assert found == ["bdkd, nu_reverse 2.5", "bdkd, nu_reverse 3", "dml"]
+
+
+def test_runs_that_differ_in_seed_and_place_alone_are_one_method(four: list[Run], tmp_path: Path) -> None:
+    other = left(tmp_path / "elsewhere", "train.seed=3", "data.threads=2", "run.storage=/x", "launch.max_failures=9")
+    methods = Comparison.of([*four, other]).methods
+    assert [(m.key, m.label, [run.seed for run in m.runs]) for m in methods] == [
+        ("A", "objective bdkd", [1, 2, 3]),
+        ("B", "objective dml", [1, 2]),
+    ]
+
+
+def test_a_single_method_is_called_by_its_run(four: list[Run]) -> None:
+    (method,) = Comparison.of([four[0], four[2]]).methods
+    assert (method.key, method.label) == ("A", "bdkd-1")
+
+
+def test_more_methods_than_letters_have_two(tmp_path: Path, four: list[Run]) -> None:
+    runs = [replace(four[0], recipe=four[0].recipe | {"optimizer.lr": 1.0 + n}) for n in range(28)]
+    assert [m.key for m in Comparison.of(runs).methods][24:] == ["Y", "Z", "AA", "AB"]
+
+
+def test_runs_of_other_data_are_refused(four: list[Run]) -> None:
+    one = four[0]
+    other = replace(one, name="runs/x", recipe=one.recipe | {"data.dataset": "cifar10"})
+    with pytest.raises(UserError, match=r"runs/x and runs/bdkd-1 are of different data: data.dataset is cifar10 there"):
+        Comparison.of([one, other])
+    more = replace(one, recipe=one.recipe | {"data.num_classes": 12})
+    with pytest.raises(UserError, match=r"data\.num_classes is 12 there, 10 here"):
+        Comparison.of([one, more])
+    renamed = replace(one, class_names=["cat", *NAMES[1:]])
+    with pytest.raises(UserError, match="class 0 is 'cat' there, 'class 0' here"):
+        Comparison.of([one, renamed])
+
+
+def test_runs_of_one_seed_are_said_to_be(four: list[Run]) -> None:
+    again = replace(four[0], name="runs/again")
+    assert Comparison.of([four[0], four[2], again]).repeated == [("runs/bdkd-1", "runs/again")]
+    assert Comparison.of(four).repeated == []
+
+
+# --- figures
+
+
+@pytest.mark.parametrize(
+    ("values", "metric", "text"),
+    [
+        ([0.9, 0.8], "top1", "85.00 ± 7.07"),  # |0.9 - 0.8|/√2
+        ([0.9], "ece", "90.00"),
+        ([1.0, 2.0, 6.0], "nll", "3.0000 ± 2.6458"),  # √((4 + 1 + 9)/2)
+        ([0.5, np.nan], "top1", "–"),
+    ],
+)
+def test_spread_is_mean_and_sample_deviation(values: list[float], metric: str, text: str) -> None:
+    assert spread(np.array(values), metric) == text
+
+
+def test_a_pool_by_hand() -> None:
+    # Bins of 1/15: 0.2 = 3/15 belongs to the third, (2/15, 3/15]; 0.95 and 1.0 to the last.
+    diagnosis = pooled(np.array([0.2, 0.95, 1.0, 0.5]), np.array([0.0, 1.0, 0.0, 1.0]))
+    bins = diagnosis.reliability
+    assert [n for n, count in enumerate(bins.count) if count] == [2, 7, 14]
+    assert bins.count[14] == 2
+    assert (bins.accuracy[14], bins.confidence[14]) == (0.5, 0.975)
+    # |0.2 - 0|·1/4 + |0.5 - 1|·1/4 + |0.975 - 0.5|·2/4
+    assert diagnosis.metrics["ece"] == pytest.approx(0.4125, abs=1e-15)
+    assert diagnosis.metrics["top1"] == 0.5
+
+
+def test_bins_from_the_files_are_those_of_the_logits(four: list[Run]) -> None:
+    for run in four:
+        z, label = logits(1000 * run.seed + 1, 2.0 if "bdkd" in run.name else 1.6)
+        state = CalibrationState(CLASSES)
+        state.update(z, label)
+        said = run.said["student"]
+        diagnosis = pooled(said.confidence, said.correct)
+        assert diagnosis.metrics["ece"] == pytest.approx(run.results["student"]["raw"]["ece"], abs=1e-12)
+        assert diagnosis.metrics["top1"] == run.results["student"]["raw"]["top1"]
+        assert diagnosis.reliability.count == state.reliability().count
+        for field in ("accuracy", "confidence"):
+            ours, theirs = (getattr(r, field) for r in (diagnosis.reliability, state.reliability()))
+            assert ours == pytest.approx(theirs, abs=1e-12, nan_ok=True)
+
+
+def test_seeds_are_pooled_sample_by_sample(four: list[Run]) -> None:
+    method = Comparison.of(four).methods[1]
+    both = [logits(1000 * seed + 1, 1.6) for seed in (1, 2)]
+    state = CalibrationState(CLASSES)
+    state.update(torch.cat([z for z, _ in both]), torch.cat([label for _, label in both]))
+    assert method.reliability("student").metrics["ece"] == pytest.approx(state.compute()["ece"], abs=1e-12)
+    assert sum(method.reliability("student").reliability.count) == 2 * COUNT
+
+
+def test_classes_by_hand(four: list[Run]) -> None:
+    label = np.array([0, 0, 2, 2, 2])
+    one = Said(np.array([0.9, 0.7, 0.5, 0.6, 0.7]), np.array([1.0, 0, 1, 1, 1]), np.zeros(5))
+    two = Said(np.array([0.7, 0.7, 0.8, 0.8, 0.8]), np.array([1.0, 1, 0, 0, 1]), np.zeros(5))
+    (method,) = Comparison.of([four[0], four[2]]).methods
+    runs = [replace(run, label=label, said={"student": s}) for run, s in zip(method.runs, (one, two), strict=True)]
+    accuracy, confidence = replace(method, runs=tuple(runs)).by_class("student")
+    assert accuracy[[0, 2]] == pytest.approx([(1 / 2 + 1) / 2, (1 + 1 / 3) / 2])
+    assert confidence[[0, 2]] == pytest.approx([(0.8 + 0.7) / 2, (0.6 + 0.8) / 2])
+    assert np.isnan(accuracy[1])
+
+
+# --- the bootstrap
+
+
+def said(seed: int, count: int = 150, skill: float = 0.0) -> Said:
+    rng = np.random.default_rng(seed)
+    confidence = rng.uniform(0.1, 1, count)
+    return Said(confidence, (rng.random(count) < confidence - skill).astype(float), rng.exponential(size=count))
+
+
+def ece_of(confidence: np.ndarray, correct: np.ndarray) -> float:
+    total = 0.0
+    for b in range(15):
+        inside = (confidence > b / 15) & (confidence <= (b + 1) / 15)
+        if inside.any():
+            total += inside.mean() * abs(correct[inside].mean() - confidence[inside].mean())
+    return total
+
+
+def written_out(one: Sequence[Said], other: Sequence[Said], resamples: int) -> dict[str, tuple[float, float, float]]:
+    """Each draw's samples taken one by one, each run's figures from them."""
+    count = len(one[0].confidence)
+
+    def figures(runs: Sequence[Said], chosen: np.ndarray) -> np.ndarray:
+        each = [
+            (run.correct[chosen].mean(), run.nll[chosen].mean(), ece_of(run.confidence[chosen], run.correct[chosen]))
+            for run in runs
+        ]
+        return np.mean(each, axis=0)
+
+    everything = np.arange(count)
+    value = figures(other, everything) - figures(one, everything)
+    draws = np.random.default_rng(0).integers(count, size=(resamples, count))
+    differences = [figures(other, chosen) - figures(one, chosen) for chosen in draws]
+    low, high = np.quantile(differences, [0.025, 0.975], axis=0)
+    return dict(zip(("top1", "nll", "ece"), zip(value, low, high, strict=True), strict=True))
+
+
+def test_intervals_are_those_of_resamples_written_out() -> None:
+    one, other = [said(1), said(2)], [said(3, skill=0.1), said(4, skill=0.1), said(5, skill=0.1)]
+    (found,) = paired_bootstrap([one, other], resamples=300)
+    for metric, (value, low, high) in written_out(one, other, 300).items():
+        assert (found[metric].value, found[metric].low, found[metric].high) == pytest.approx(
+            (value, low, high), abs=1e-12
+        )
+
+
+def test_draws_in_parts_are_the_same_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    methods = [[said(1)], [said(3)], [said(4)]]
+    whole = paired_bootstrap(methods, resamples=200)
+    monkeypatch.setattr("bdkd_dist.records.comparison.CHUNK_ELEMENTS", 7 * 150 + 1)
+    for one, other in zip(whole, paired_bootstrap(methods, resamples=200), strict=True):
+        for metric in one:
+            assert one[metric].low == pytest.approx(other[metric].low, abs=1e-12)
+
+
+def test_an_interval_of_accuracy_is_as_wide_as_the_normal_one_of_paired_differences() -> None:
+    one, other = said(1, 4000), said(2, 4000, skill=0.05)
+    (found,) = paired_bootstrap([[one], [other]])
+    deviation = (other.correct - one.correct).std(ddof=1) / np.sqrt(4000)
+    assert found["top1"].high - found["top1"].low == pytest.approx(2 * 1.96 * deviation, rel=0.08)
+    deviation = (other.nll - one.nll).std(ddof=1) / np.sqrt(4000)
+    assert found["nll"].high - found["nll"].low == pytest.approx(2 * 1.96 * deviation, rel=0.08)
+
+
+def test_a_method_does_not_differ_from_itself() -> None:
+    (found,) = paired_bootstrap([[said(1), said(2)], [said(2), said(1)]], resamples=50)
+    for difference in found.values():
+        assert (difference.value, difference.low, difference.high) == pytest.approx((0, 0, 0), abs=1e-12)
+
+
+def test_pairing_keeps_a_constant_difference_constant() -> None:
+    one = said(1)
+    worse = replace(one, nll=one.nll + 0.25)
+    (found,) = paired_bootstrap([[one], [worse]], resamples=50)
+    assert (found["nll"].low, found["nll"].high) == pytest.approx((0.25, 0.25), abs=1e-12)
+    assert found["nll"].is_clear
+    assert not found["top1"].is_clear
+
+
+def test_only_methods_tested_on_the_same_images_have_differences(four: list[Run]) -> None:
+    moved = replace(four[1], index=four[1].index + 1, recipe=four[1].recipe | {"optimizer.lr": 0.7})
+    comparison = Comparison.of([*four, moved])
+    assert [m.key for m in comparison.methods if comparison.same_images(m)] == ["A", "B"]
+    assert set(comparison.differences) == {("B", "student")}
+    assert "No differences of C: its runs and those of A were tested on other images." in page(comparison).html()
+
+
+# --- what is written
+
+
+def test_files_hold_each_run_and_each_method(four: list[Run], tmp_path: Path) -> None:
+    comparison = Comparison.of(four)
+    assert not is_comparison(tmp_path)
+    assert write_comparison(comparison, tmp_path) == tmp_path / "report.html"
+    assert is_comparison(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "accuracy_ece.png",
+        "methods.parquet",
+        "reliability.png",
+        "report.html",
+        "runs.parquet",
+    ]
+    runs = pq.read_table(tmp_path / "runs.parquet").to_pylist()
+    assert len(runs) == 8
+    of_file = json.loads(json.dumps({run.name: run.results for run in four}))
+    for row in runs:
+        results = of_file[row["run"]][row["network"]]
+        for kind in ("raw", "temperature_scaled"):
+            assert {key.removeprefix(f"{kind}_"): row[key] for key in row if key.startswith(f"{kind}_")} == results[
+                kind
+            ]
+    methods = pq.read_table(tmp_path / "methods.parquet").to_pylist()
+    assert [(row["method"], row["network"], row["seeds"]) for row in methods] == [
+        ("A", "student", [1, 2]),
+        ("A", "teacher", [1, 2]),
+        ("B", "student", [1, 2]),
+        ("B", "teacher", [1, 2]),
+    ]
+    nll = [run.results["student"]["raw"]["nll"] for run in four if "dml" in run.name]
+    assert methods[2]["raw_nll_mean"] == pytest.approx(sum(nll) / 2, abs=1e-15)
+    assert methods[2]["raw_nll_sd"] == pytest.approx(abs(nll[0] - nll[1]) / np.sqrt(2), abs=1e-15)
+    expected = written_out(*([r.said["student"] for r in m.runs] for m in comparison.methods), resamples=2000)
+    for metric, values in expected.items():
+        found = [methods[2][f"difference_{metric}_{end}"] for end in ("value", "low", "high")]
+        assert found == pytest.approx(values, abs=1e-12)
+    assert methods[0]["difference_nll_low"] is None
+    assert methods[3]["difference_nll_low"] is None
+
+
+def test_a_single_run_has_no_deviation(four: list[Run]) -> None:
+    rows = method_rows(Comparison.of(four[:2]))
+    assert {row["raw_ece_sd"] for row in rows} == {None}
+    assert "±" not in "".join(map(str, rows))
+
+
+def test_the_same_runs_give_the_same_bytes(four: list[Run], tmp_path: Path) -> None:
+    contents = []
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        write_comparison(Comparison.of(four), tmp_path / name)
+        contents.append({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()})
+    assert contents[0] == contents[1]
+
+
+def test_the_table_fits_a_terminal(four: list[Run]) -> None:
+    console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    long = [replace(run, recipe=run.recipe | {"optimizer.lr": 0.123456, "data.augment.pad_px": 3}) for run in four]
+    console.print(methods_table(Comparison.of([*four, *long])))
+    text = console.export_text()
+    assert max(map(len, text.splitlines())) <= 100
+    for word in ("A  bdkd", "B  dml", "C  bdkd", "student", "teacher"):
+        assert word in text
+    top1 = np.array([run.results["student"]["raw"]["top1"] for run in four if "bdkd" in run.name])
+    assert f"{100 * top1.mean():.2f} ± {100 * top1.std(ddof=1):.2f}" in text
+
+
+def test_marks_stand_where_the_runs_and_their_means_are(four: list[Run]) -> None:
+    axes = accuracy_ece_figure(Comparison.of(four)).axes
+    assert [a.get_title(loc="left") for a in axes] == ["student", "teacher"]
+    values = {
+        name: np.array(
+            [[100 * run.results["student"]["raw"][m] for m in ("top1", "ece")] for run in four if name in run.name]
+        )
+        for name in ("bdkd", "dml")
+    }
+    marks = [np.asarray(c.get_offsets()) for c in axes[0].collections if len(np.asarray(c.get_offsets()))]
+    for expected in values.values():
+        assert any(m.shape == expected.shape and np.allclose(m, expected) for m in marks)
+        assert any(m.shape == (1, 2) and np.allclose(m, expected.mean(0)) for m in marks)
+    assert [text.get_text() for text in axes[0].texts] == ["A", "B"]
+
+
+def titles(rows: Sequence[Figure]) -> list[list[str]]:
+    return [[axes.texts[0].get_text() for axes in row.axes if axes.texts] for row in rows]
+
+
+def test_diagrams_stand_in_even_rows_of_at_most_three(four: list[Run], tmp_path: Path) -> None:
+    runs = [replace(four[0], recipe=four[0].recipe | {"optimizer.lr": 1.0 + n}) for n in range(7)]
+    rows = reliability_rows(Comparison.of(runs[:5]))
+    assert titles(rows) == [["A  lr 1", "B  lr 2", "C  lr 3"], ["D  lr 4", "E  lr 5"]]
+    assert [list(map(len, titles(reliability_rows(Comparison.of(runs[:n]))))) for n in (3, 4, 7)] == [
+        [3],
+        [2, 2],
+        [3, 2, 2],
+    ]
+    save_stacked_png(rows, tmp_path / "r.png")
+    image = Image.open(tmp_path / "r.png")
+    assert image.size == (3 * 528, 2 * 752)
+    corner = np.asarray(image)[752:, 2 * 528 :]
+    assert corner.min() == 255
+
+
+def test_of_a_single_method_the_teacher_is_drawn_too(four: list[Run]) -> None:
+    assert titles(reliability_rows(Comparison.of(four[:1]))) == [["A  student, bdkd-1", "A  teacher, bdkd-1"]]
+
+
+def test_several_students_have_a_panel_a_diagram_and_a_table_each(tmp_path: Path) -> None:
+    several = "models.students=[resnet8,resnet14]"
+    comparison = Comparison.of(
+        [left(tmp_path / "a", several), left(tmp_path / "b", several, "objective.name=dml", skill=1.5)]
+    )
+    assert comparison.students == ["student_1", "student_2"]
+    assert len(accuracy_ece_figure(comparison).axes) == 3
+    assert titles(reliability_rows(comparison)) == [
+        ["A  student_1, objective b…", "B  student_1, objective d…"],
+        ["A  student_2, objective b…", "B  student_2, objective d…"],
+    ]
+    assert set(comparison.differences) == {("B", "student_1"), ("B", "student_2")}
+    html = page(comparison).html()
+    assert "By class, student_1" in html
+    assert "By class, student_2" in html
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("results.json", b"{"),
+        ("results.json", b"{}"),
+        ("results.json", b'{"epochs": 1, "test": {"student": {"temperature": 1, "raw": {"top1": 1}}}}'),
+        ("predictions/test.parquet", b"PAR1 and no more"),
+    ],
+)
+def test_a_damaged_file_is_named(tmp_path: Path, file: str, content: bytes) -> None:
+    left(tmp_path / "run")
+    (tmp_path / "run" / file).write_bytes(content)
+    recipe = config.load("digits")
+    paths = (tmp_path / "run" / name for name in ("results.json", "predictions/test.parquet"))
+    with pytest.raises(UserError, match=f"mine/{file} cannot be read .*bdkd evaluate") as caught:
+        Run.read("mine", recipe, *paths)
+    assert "\n" not in str(caught.value)
+
+
+def test_predictions_that_lack_a_network_are_refused(tmp_path: Path) -> None:
+    left(tmp_path / "run")
+    path = tmp_path / "run/predictions/test.parquet"
+    table = pq.read_table(path)
+    pq.write_table(table.drop_columns([c for c in table.column_names if c.startswith("student")]), path)
+    with pytest.raises(UserError, match=r"test\.parquet cannot be read .*student"):
+        Run.read("mine", config.load("digits"), tmp_path / "run/results.json", path)
