@@ -103,10 +103,10 @@ def _legend(figure: "Figure", columns: int) -> None:
         handles=[diagonal, *handles, rare],
         loc="lower center",
         ncols=columns,
-        fontsize=7.5,
+        fontsize=7 if columns == 3 else 7.5,
         frameon=False,
-        handlelength=1.6,
-        columnspacing=1.2,
+        handlelength=1.3 if columns == 3 else 1.6,  # a single panel is narrow
+        columnspacing=0.7 if columns == 3 else 1.2,
         borderaxespad=0.2,
     )
 

@@ -50,7 +50,7 @@ def results_table(results: dict[str, Any], split: str = "test") -> Table:
         of_network = results[split][network]
         table.add_row(network, "raw", *_cells(of_network["raw"]), _number(1.0, 2))
         for label, key in SCALINGS.items():
-            if of_network.get(key) is None:  # written by an earlier version, or too many classes
+            if not isinstance(of_network.get(key), dict):  # written by an earlier version, or too many classes
                 continue
             temperature = _number(of_network["temperature"], 2) if key == "temperature_scaled" else ""
             table.add_row("", label, *_cells(of_network[key]), temperature)

@@ -61,3 +61,15 @@ def test_pyplot_is_never_loaded() -> None:
         "assert 'matplotlib.pyplot' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code, *sys.path], check=True)
+
+
+def test_the_legend_fits_below_one_network_and_below_two() -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    for names in (("student",), ("student", "teacher")):
+        figure = reliability_figure({name: diagnosis(0.9) for name in names})
+        FigureCanvasAgg(figure).draw()
+        (legend,) = figure.legends
+        extent = legend.get_window_extent()
+        assert extent.x0 >= 0
+        assert extent.x1 <= figure.bbox.width

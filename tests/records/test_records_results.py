@@ -71,3 +71,12 @@ def test_results_of_an_earlier_version_are_shown_without_what_they_lack() -> Non
     for network in results["test"].values():
         del network["vector_scaled"], network["intervals"]
     assert results_table(results).row_count == 6
+
+
+def test_a_network_with_too_many_classes_for_vector_scaling_has_a_table(tmp_path: Path) -> None:
+    results = some_results()
+    results["test"]["student"]["vector_scaled"] = None
+    write_results(tmp_path / "results.json", results)
+    console = Console(file=io.StringIO(), width=100)
+    console.print(results_table(read_results(tmp_path / "results.json")))
+    assert console.file.getvalue().count("V-scaled") == 2  # type: ignore[attr-defined]
