@@ -23,17 +23,16 @@ pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.cluster, pytest.mar
 
 LEFT = """
 import json, sys, time, ray
-from ray.util.state import list_placement_groups
 
 ray.init(address=sys.argv[1], log_to_driver=False)
 there = {name: amount for name, amount in ray.cluster_resources().items() if name == "CPU"}
 for _ in range(100):  # Ray tells of what is free a moment later
     free = {name: ray.available_resources().get(name, 0) for name in there}
-    groups = [group.state for group in list_placement_groups() if group.state != "REMOVED"]
+    groups = [group for group in ray.util.placement_group_table().values() if group["state"] != "REMOVED"]
     if free == there and not groups:
         break
     time.sleep(0.2)
-print(json.dumps([there, free, groups]))
+print(json.dumps([there, free, list(map(str, groups))]))
 """
 
 

@@ -12,7 +12,9 @@ from rich.console import Console
 from bdkd_dist import config
 from bdkd_dist.errors import UserError
 from bdkd_dist.launch import jobs
+from bdkd_dist.launch.run_folder import RunFolder
 from bdkd_dist.launch.tune import search
+from bdkd_dist.launch.tune.folder import SearchFolder
 from bdkd_dist.launch.tune.search import Asked
 
 PBT = searches.RANGES + "DEFAULTS = {'scheduler': 'pbt'}\n"
@@ -95,6 +97,15 @@ def test_a_damaged_search_file_is_said(refused: Callable[..., Any], tmp_path: Pa
     (tmp_path / "runs/search").mkdir(parents=True)
     (tmp_path / "runs/search/search.yaml").write_text("recipe: [")
     assert "search.yaml does not fit this version" in refused(searches.RANGES, Asked())
+
+
+@pytest.mark.parametrize("content", ['{"number": 0', '{"number": 0, "reports": []}', "[]"])
+def test_a_damaged_record_is_said(tmp_path: Path, content: str) -> None:
+    folder = SearchFolder(RunFolder(tmp_path / "search"), print)
+    (tmp_path / "search/trials/0000-a").mkdir(parents=True)
+    (tmp_path / "search/trials/0000-a/trial.json").write_text(content)
+    with pytest.raises(UserError, match=r"0000-a/trial\.json does not fit this version"):
+        folder.trials()
 
 
 def test_a_job_is_sent_with_a_space_that_travels_and_fits(tmp_path: Path) -> None:

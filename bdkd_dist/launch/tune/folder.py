@@ -9,7 +9,7 @@ from bdkd_dist import config
 from bdkd_dist.config import Recipe
 from bdkd_dist.data.sources.storage import in_parallel
 from bdkd_dist.engine.patience import patiently
-from bdkd_dist.errors import UserError
+from bdkd_dist.errors import UserError, first_line
 from bdkd_dist.launch.lease import LEASE
 from bdkd_dist.launch.run_folder import RunFolder
 from bdkd_dist.records.trials import Trial
@@ -79,8 +79,16 @@ class SearchFolder:
             return []
         _, names = patiently(place.listing, self._say)
         contents = in_parallel(lambda name: patiently(lambda: place.find(f"{name}/{RECORD}"), self._say), names)
-        found = [Trial.from_json(content) for content in contents if content is not None]
+        found = [
+            self._read(name, content) for name, content in zip(names, contents, strict=True) if content is not None
+        ]
         return sorted(found, key=lambda trial: trial.number)
+
+    def _read(self, name: str, content: bytes) -> Trial:
+        try:
+            return Trial.from_json(content)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise UserError(f"{self}/{TRIALS}/{name}/{RECORD} does not fit this version: {first_line(error)}") from None
 
     def record(self, trial: Trial) -> None:
         """Write a trial's record as it stands."""

@@ -120,11 +120,13 @@ class Ranks:
         return error
 
     def close(self) -> None:
-        """Have everybody leave the group; the actors stay for the next trial."""
+        """Have everybody leave the group; the actors that can stay for the next trial."""
         if self.world > 1 and self._actors:
             closing = [actor.close.remote() for actor in self._actors]
             leave()
-            ray.wait(closing, num_returns=len(closing), timeout=CLOSED_WITHIN_S)
+            closed, _ = ray.wait(closing, num_returns=len(closing), timeout=CLOSED_WITHIN_S)
+            if len(closed) < len(closing):
+                self.end()
 
     def end(self) -> None:
         """End the actors."""
