@@ -15,7 +15,7 @@ import ray_node
 import runs
 import searches
 from ray_node import RayHead
-from runs import assert_same_weights, environment, execute, metric_lines
+from runs import assert_same_weights, environment, metric_lines
 from searches import TINY, records
 from test_cluster_faults import Driver
 
@@ -96,7 +96,9 @@ def test_a_trial_whose_node_dies_goes_on_elsewhere_to_the_same_bits(
     epochs = "train.epochs=6"
     arguments = search(cache, tmp_path, searches.grid(lr=[0.05]), "--scheduler", "none", epochs)
     places = [f"data.prepared={cache}", f"run.storage={tmp_path}", "run.name=alone"]
-    execute([str(runs.BDKD), "train", "digits", *TINY, *places, epochs, "optimizer.lr=0.05"])
+    alone = [str(runs.BDKD), "train", "digits", *TINY, *places, epochs, "optimizer.lr=0.05"]
+    one_thread = environment() | {"OMP_NUM_THREADS": "1"}  # as a trial that claims one CPU; sums depend on it
+    subprocess.run(alone, env=one_thread, check=True, capture_output=True, timeout=500)
     with ExitStack() as stack:
         first = stack.enter_context(ray_node.joined(ray_head, "127.0.0.3"))
         driver = Driver(ray_head, arguments, tmp_path / "driver.log")
