@@ -281,14 +281,15 @@ def _show(table: Table) -> None:
 
 
 def _report(folder: "RunFolder") -> None:  # type: ignore[name-defined]  # noqa: F821
+    from bdkd_dist.launch.programs import beside
     from bdkd_dist.records.results import read_results, results_table
 
     _show(results_table(read_results(folder.results)))
     diagram = folder.name(folder.figures / "reliability_test.png")
     console.print(f"reliability diagram  {diagram}", highlight=False, soft_wrap=True)
-    command = Path(sys.executable).with_name("tensorboard")
-    shown = command.relative_to(Path.cwd()) if command.is_relative_to(Path.cwd()) else command
-    console.print(f"curves               {shown} --logdir {folder.above}", highlight=False, soft_wrap=True)
+    console.print(
+        f"curves               {beside('tensorboard')} --logdir {folder.above}", highlight=False, soft_wrap=True
+    )
 
 
 def _report_shift(folder: "RunFolder") -> None:  # type: ignore[name-defined]  # noqa: F821

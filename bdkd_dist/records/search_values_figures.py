@@ -128,11 +128,11 @@ def slice_figure(trials: Sequence[Trial], goal: Goal) -> "Figure | None":
     name, names = goal.names[0], short_names(keys)
     rows = -(-len(keys) // PER_ROW)
     columns = -(-len(keys) // rows)
-    width_in, height_in = 0.65 + PANEL_IN * columns, 0.1 + (PANEL_IN + 0.15) * rows
+    width_in, height_in = 0.8 + PANEL_IN * columns, 0.1 + (PANEL_IN + 0.15) * rows
     figure = Figure(figsize=(width_in, height_in), dpi=100, facecolor="white")
     for number, key in enumerate(keys):
         row, column = divmod(number, columns)
-        left, bottom = 0.6 + PANEL_IN * column, height_in - (PANEL_IN + 0.15) * row - 1.8
+        left, bottom = 0.75 + PANEL_IN * column, height_in - (PANEL_IN + 0.15) * row - 1.8
         axes = figure.add_axes((left / width_in, bottom / height_in, 1.95 / width_in, 1.65 / height_in))
         axes.set_xlim(-0.05, 1.05)
         axes.set_ylim(*_metric_frame(drawn, name))

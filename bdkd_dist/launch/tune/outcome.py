@@ -1,10 +1,8 @@
 """What a search ends with: the chosen trials on the test split, the report, and what a person is told."""
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -14,6 +12,7 @@ from rich.table import Table
 
 from bdkd_dist.config import Recipe
 from bdkd_dist.engine.control import Control
+from bdkd_dist.launch.programs import beside
 from bdkd_dist.launch.run_folder import RunFolder
 from bdkd_dist.launch.tune.algorithms import Plan
 from bdkd_dist.launch.tune.folder import TRIALS, SearchFolder
@@ -79,9 +78,7 @@ class Found:
         if self.chosen:
             yield f"recipe               {self.folder.folder.name(self.folder.folder.path / BEST)}"
         yield f"report               {self.folder.folder.name(self.folder.folder.path / PAGE)}"
-        command = Path(sys.executable).with_name("tensorboard")
-        shown = command.relative_to(Path.cwd()) if command.is_relative_to(Path.cwd()) else command
-        yield f"curves               {shown} --logdir {self.folder.folder / TRIALS}"
+        yield f"curves               {beside('tensorboard')} --logdir {self.folder.folder / TRIALS}"
 
     def write(self, command: str, began: datetime, device: str) -> None:
         """Write the report of the search as it stands into its folder."""
