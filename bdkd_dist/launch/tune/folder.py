@@ -1,6 +1,7 @@
 """A search's folder: what the search is, and the records of its trials."""
 
 from collections.abc import Callable, Sequence
+from datetime import datetime
 from typing import Any
 
 import yaml
@@ -25,10 +26,14 @@ class SearchFolder:
     Args:
         folder: ``run.storage/run.name`` of the search.
         say: Told one line when the storage refuses.
+
+    Attributes:
+        dates: When the search ``began`` and when it last ``ended``.
     """
 
     def __init__(self, folder: RunFolder, say: Callable[[str], None]):
         self.folder, self._say = folder, say
+        self.dates: dict[str, str] = {}
 
     def __str__(self) -> str:
         return str(self.folder)
@@ -53,6 +58,7 @@ class SearchFolder:
         try:
             there = yaml.safe_load(content)
             recipe_there = config.from_dict(there.pop("recipe"))
+            self.dates = dict(there.get("dates", {}))
         except (UserError, yaml.YAMLError, TypeError, AttributeError, KeyError) as error:
             raise UserError(f"{self}/{SEARCH} does not fit this version: {' '.join(str(error).split())}") from None
         for key, value in identity.items():
@@ -67,10 +73,15 @@ class SearchFolder:
                 f"{self} holds another search ({key} is {one} there, {other} here); choose another run.name"
             )
 
-    def describe(self, recipe: Recipe, identity: dict[str, Any]) -> None:
-        """Write what the search is."""
-        content = yaml.safe_dump({**identity, "recipe": recipe.to_dict()}, sort_keys=False, allow_unicode=True)
-        self.write(SEARCH, content.encode())
+    def describe(self, recipe: Recipe, identity: dict[str, Any], date: str) -> None:
+        """Write what the search is, and when ("began", "ended") it came to where it is.
+
+        The beginning stays what it was when the search goes on.
+        """
+        now = f"{datetime.now():%Y-%m-%d %H:%M}"
+        self.dates = {"began": now, "ended": now} | self.dates | ({date: now} if date == "ended" else {})
+        tree = {**identity, "dates": self.dates, "recipe": recipe.to_dict()}
+        self.write(SEARCH, yaml.safe_dump(tree, sort_keys=False, allow_unicode=True).encode())
 
     def trials(self) -> list[Trial]:
         """Return the records of all trials so far, by number."""

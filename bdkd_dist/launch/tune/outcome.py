@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from typing import Any
 
 import ray
@@ -25,6 +24,8 @@ from bdkd_dist.records.trials import Trial
 
 NEEDED = ("results.json", "predictions/test.parquet")
 """What the report reads of a tested trial."""
+SHOWN = 5
+"""Chosen trials whose folders are named at the end."""
 
 
 @dataclass(frozen=True)
@@ -68,19 +69,21 @@ class Found:
             self.folder.folder.fetch(results)
             measured = of_test(read_results(self.folder.folder.path / results))
             for label, metrics in (("validation", trial.metrics), ("test", measured)):
-                shown = trial.name if label == "validation" else ""
+                shown = f"{trial.number:04d}" if label == "validation" else ""
                 table.add_row(shown, label, *(number(metrics, name, unit="") for name in names))
             table.add_section()
         return table
 
     def lines(self) -> Iterator[str]:
         """Yield where what was found lies."""
+        for trial in self.chosen[:SHOWN]:
+            yield f"trial {trial.number:04d}           {self.folder.run(trial)}"
         if self.chosen:
             yield f"recipe               {self.folder.folder.name(self.folder.folder.path / BEST)}"
         yield f"report               {self.folder.folder.name(self.folder.folder.path / PAGE)}"
         yield f"curves               {beside('tensorboard')} --logdir {self.folder.folder / TRIALS}"
 
-    def write(self, command: str, began: datetime, device: str) -> None:
+    def write(self, command: str, device: str) -> None:
         """Write the report of the search as it stands into its folder."""
         folder = self.folder.folder
         folder.fetch(*(f"{TRIALS}/{trial.name}/{name}" for trial in self.tested for name in NEEDED))
@@ -95,8 +98,7 @@ class Found:
             num_trials=plan.num_trials,
             seed=plan.seed,
             command=command,
-            began=f"{began:%Y-%m-%d %H:%M}",
-            ended=f"{datetime.now():%Y-%m-%d %H:%M}",
+            **self.folder.dates,
             device=device,
         )
         written = write_report(folder.path, summary, self.trials, plan.goal, self.recipe)

@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +74,6 @@ def search(space_path: str, recipe: Recipe, asked: Asked, console: Console, addr
         UserError: Something that the user can mend.
         SearchInterrupted: Ctrl-C; what was found is kept.
     """
-    began = datetime.now()
     plan, test = _planned(space_path, recipe, asked)
     warn = lambda line: console.print(line, style="yellow", highlight=False, markup=False, soft_wrap=True)  # noqa: E731
     run = RunFolder.of(recipe)
@@ -95,7 +93,7 @@ def search(space_path: str, recipe: Recipe, asked: Asked, console: Console, addr
         }
         folder.check_owner(recipe, identity)
         trials = {trial.number: trial for trial in folder.trials()}
-        folder.describe(recipe, identity)
+        folder.describe(recipe, identity, "began")
         left = plan.num_trials - sum(trial.status != "running" for trial in trials.values())
         if left > 0:
             check_fits(example, prepared(example.data, console))
@@ -106,6 +104,7 @@ def search(space_path: str, recipe: Recipe, asked: Asked, console: Console, addr
             if left > 0:
                 there.connect()
                 _run_trials(folder, plan, recipe, trials, there, console, warn)
+                folder.describe(recipe, identity, "ended")
             ordered = [trials[number] for number in sorted(trials)]
             found = Found(folder, plan, recipe, ordered, chosen(ordered, plan.goal))
             wanted = found.chosen if test == "best" else [trial for trial in ordered if trial.status == "finished"]
@@ -113,7 +112,7 @@ def search(space_path: str, recipe: Recipe, asked: Asked, console: Console, addr
                 console.print(f"evaluating {len(untested)} trial(s) on the test split", highlight=False)
                 there.connect()
                 test_trials(folder, untested, there, warn)
-            found.write(shlex.join(["bdkd", *sys.argv[1:]]), began, "GPU" if there.cuda else "CPU")
+            found.write(shlex.join(["bdkd", *sys.argv[1:]]), "GPU" if there.cuda else "CPU")
     return found
 
 
