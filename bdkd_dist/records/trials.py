@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from bdkd_dist.records.files import json_text
@@ -39,6 +39,8 @@ class Trial:
     reason: str = ""
     reports: list[Report] = field(default_factory=list)
     """In the order of their epochs."""
+    taken: dict[str, int] | None = None
+    """The trial's ``number`` whose state it took over last, and the ``epoch`` of that."""
     device_s: float = 0.0
     """Wall-clock seconds of training times the devices held meanwhile (GPUs, or CPUs where there are none)."""
 
@@ -51,6 +53,13 @@ class Trial:
     def metrics(self) -> Mapping[str, float]:
         """The newest report's; none yet where there is no report."""
         return self.reports[-1].metrics if self.reports else {}
+
+    def take_over(self, donor: "Trial", epoch: int) -> None:
+        """Take another trial's past up to an epoch: that is what the state went through. Its own time stays spent."""
+        spent_s = self.wall_s
+        past = [replace(report, wall_s=0.0) for report in donor.reports if report.epoch <= epoch]
+        self.reports = [*past[:-1], *(replace(report, wall_s=spent_s) for report in past[-1:])]
+        self.taken = {"number": donor.number, "epoch": epoch}
 
     def to_json(self) -> bytes:
         """Return the trial as JSON."""

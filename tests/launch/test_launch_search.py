@@ -4,15 +4,18 @@ import json
 import math
 import os
 import signal
+import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pyarrow.parquet as pq
 import pytest
 import searches
 import yaml
-from runs import assert_same_weights, break_off, event_points, execute
+from runs import assert_same_weights, break_off, environment, event_points, execute
 from searches import command, records
 from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
@@ -103,9 +106,7 @@ def _plugin(metadata: Any) -> HParamsPluginData:
     return HParamsPluginData.FromString(metadata.plugin_data.content)
 
 
-def test_typed_again_nothing_is_trained_and_more_trials_go_on(
-    ended: Path, cache: Path, written: Callable[[str], Path]
-) -> None:
+def test_typed_again_nothing_is_trained(ended: Path, cache: Path, written: Callable[[str], Path]) -> None:
     before = {path: path.stat().st_mtime_ns for path in ended.glob("trials/*/checkpoints/*")}
     space = written(searches.grid(lr=[0.05, 1e12], seed=[0, 1]))
     done = execute(command(space, cache, ended.parent, "--scheduler", "none"))
@@ -182,13 +183,13 @@ def test_ctrl_c_ends_with_what_was_found_and_the_same_command_goes_on(
     assert "go on with: bdkd tune" in output
     assert "Traceback" not in output
     done = {t["number"]: t for t in _whole_records(search) if t["status"] != "running"}
-    execute(arguments)
+    execute([*arguments, "--num-trials", "6"])  # the number may grow
     after = records(search)
-    assert [trial["number"] for trial in after] == [0, 1, 2, 3, 4]
+    assert [trial["number"] for trial in after] == [0, 1, 2, 3, 4, 5]
     assert all(trial["status"] in ("finished", "stopped") for trial in after)
     assert all(after[number] == trial for number, trial in done.items())
     drawn = [trial["values"]["objective.nu_forward"] for trial in after]
-    assert len(set(drawn)) == 5  # going on does not draw the first ones again
+    assert len(set(drawn)) == 6  # going on does not draw the first ones again
 
 
 def test_bohb_like_pareto_search_under_a_constraint(
@@ -196,6 +197,7 @@ def test_bohb_like_pareto_search_under_a_constraint(
 ) -> None:
     space = written(searches.RANGES)
     words = ["--goal", "pareto", "--search", "tpe", "--scheduler", "hyperband", "--num-trials", "6"]
+    words += ["--subject-to", "teacher/ece>=0.001"]  # which all meet
     execute(command(space, cache, tmp_path, *words))
     finished = [trial for trial in records(tmp_path / "search") if trial["status"] == "finished"]
     pairs = {t["name"]: t["reports"][-1]["metrics"] for t in finished}
@@ -235,14 +237,20 @@ def test_a_search_in_which_nothing_finished_says_so(
     assert (tmp_path / "search/trials.parquet").exists()
 
 
-def test_population_based_training_changes_values_and_goes_on_from_the_donors_epoch(
+def test_population_based_training_changes_values_and_survives_a_kill(
     written: Callable[[str], Path], cache: Path, tmp_path: Path
 ) -> None:
     space = written(
         "from ray import tune\nDEFAULTS = {'scheduler': 'pbt'}\n"
         "def search_space():\n    return {'objective.nu_forward': tune.uniform(0.5, 4)}\n"
     )
-    execute(command(space, cache, tmp_path, "--num-trials", "4", "train.epochs=5"))
+    arguments = command(space, cache, tmp_path, "--num-trials", "4", "train.epochs=5")
+
+    def amid() -> bool:
+        return any(trial["taken"] for trial in _whole_records(tmp_path / "search"))
+
+    break_off(arguments, amid, signal.SIGKILL)
+    execute(arguments)
     trials = records(tmp_path / "search")
     assert [trial["status"] for trial in trials] == ["finished"] * 4
     schedules = [[report["values"]["objective.nu_forward"] for report in trial["reports"]] for trial in trials]
@@ -270,3 +278,35 @@ def test_a_search_in_a_bucket(
     assert os.environ["AWS_SECRET_ACCESS_KEY"].encode() not in b"".join(
         path.read_bytes() for path in here.rglob("*") if path.is_file()
     )
+
+
+def test_a_trial_that_loses_one_of_its_two_workers_goes_on_to_the_same_bits(
+    written: Callable[[str], Path], cache: Path, tmp_path: Path
+) -> None:
+    space = written(searches.grid(lr=[0.05]))
+    words = ("--scheduler", "none", "launch.workers=2", "train.epochs=5")
+    execute(command(space, cache, tmp_path, *words, name="unbroken"))
+    process = subprocess.Popen(
+        command(space, cache, tmp_path, *words, name="broken"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment(),
+        start_new_session=True,
+    )
+    try:
+        while not any(trial["reports"] for trial in _whole_records(tmp_path / "broken")):
+            assert process.poll() is None, process.communicate()[0]
+            time.sleep(0.02)
+        (rank,) = [p for p in psutil.Process(process.pid).children(recursive=True) if "Rank" in p.name()]
+        rank.send_signal(signal.SIGKILL)
+        output, _ = process.communicate(timeout=400)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 0, output
+    assert "trial 0000 lost a process or node; it goes on from its checkpoint" in output
+    assert "Traceback" not in output
+    (trial,) = records(tmp_path / "broken")
+    assert [report["epoch"] for report in trial["reports"]] == [1, 2, 3, 4, 5]
+    assert_same_weights(*(tmp_path / search / "trials" / trial["name"] for search in ("broken", "unbroken")))

@@ -13,7 +13,7 @@ from bdkd_dist import config
 from bdkd_dist.data.dataset import find_prepared
 from bdkd_dist.launch import cluster
 from bdkd_dist.launch.run_folder import RunFolder
-from bdkd_dist.launch.tune.trial import CHECKPOINT, TrialProcess, take_over
+from bdkd_dist.launch.tune.trial import CHECKPOINT, TrialProcess, take_over, taken_before
 from bdkd_dist.metrics.goals import Goal
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray]
@@ -40,8 +40,8 @@ def process(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[C
         yield start
 
 
-def trial(name: str, values: dict[str, Any]) -> dict[str, Any]:
-    return {"trial": {"number": 0, "name": name, "values": values}}
+def trial(name: str, values: dict[str, Any], **more: Any) -> dict[str, Any]:
+    return {"trial": {"number": 0, "name": name, "values": values, **more}}
 
 
 def newest(folder: Path) -> dict[str, Any]:
@@ -70,7 +70,8 @@ def test_a_trial_that_exploits_another_has_its_state_bit_for_bit_and_trains_on_f
         assert_equal(given, newest(process.storage / "taker"))
 
     # As Ray does: the same process, with the donor's values, and then its state.
-    assert ray.get(taker.reset.remote(trial("taker", KEEN)))
+    taken = {"number": 1, "epoch": 2}
+    assert ray.get(taker.reset.remote(trial("taker", KEEN, taken=taken)))
     ray.get(taker.restore.remote(str(tmp_path / "given")))
     ray.get(taker.save.remote(str(tmp_path / "kept")))  # before anything is trained
     assert (tmp_path / "kept" / CHECKPOINT).read_bytes() == (tmp_path / "given" / CHECKPOINT).read_bytes()
@@ -78,6 +79,12 @@ def test_a_trial_that_exploits_another_has_its_state_bit_for_bit_and_trains_on_f
     assert [end["epoch"] for end in ends] == [3, 3]
     assert ends[0]["metrics"] == ends[1]["metrics"]
     assert_equal(newest(process.storage / "donor"), newest(process.storage / "taker"))
+
+    # A trial that is started again after a loss gets the same old state from Ray, and keeps its own newer one.
+    assert ray.get(taker.reset.remote(trial("taker", KEEN, taken=taken)))
+    ray.get(taker.restore.remote(str(tmp_path / "given")))
+    ray.get(taker.save.remote(str(tmp_path / "again")))
+    assert_equal(torch.load(tmp_path / "again" / CHECKPOINT, weights_only=True), newest(process.storage / "donor"))
     ray.kill(donor)
     ray.kill(taker)
 
@@ -99,7 +106,7 @@ def test_a_trials_own_fault_is_a_result_with_its_reason(process: Any) -> None:
     result = ray.get(actor.train.remote())
     assert result["done"]
     assert "train.batch_size=64: larger than the 20 training images" in result["failed"]
-    assert result["goal"] > 1e6
+    assert "goal" not in result
     ray.kill(actor)
 
 
@@ -109,6 +116,9 @@ def test_what_a_trial_takes_over_stands_alone_among_its_checkpoints(tmp_path: Pa
     for step in (3, 6, 9):
         torch.save({"step": step}, folder.checkpoints / f"step-{step:08d}.pt")
     torch.save({"step": 6, "of": "another"}, tmp_path / "given.pt")
-    take_over(folder, (tmp_path / "given.pt").read_bytes(), print)
+    mark = {"taken": {"number": 3, "epoch": 2}, "values": {}}
+    assert taken_before(folder, print) is None
+    take_over(folder, (tmp_path / "given.pt").read_bytes(), mark, print)
+    assert taken_before(folder, print) == mark["taken"]
     assert folder.kept() == ["step-00000006.pt"]
     assert (folder.checkpoints / "step-00000006.pt").read_bytes() == (tmp_path / "given.pt").read_bytes()

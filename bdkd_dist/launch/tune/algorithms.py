@@ -1,9 +1,9 @@
 """What tries values and what stops trials: Ray Tune's own, brought to where a search was cut off."""
 
+import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -70,7 +70,7 @@ def asked_for(plan: Plan, trials: Sequence[Trial]) -> tuple[Any, dict[str, Any],
     ended = {trial.number for trial in trials if trial.status != "running"}
     running = [trial for trial in trials if trial.status == "running"]
     if plan.search in LISTED:
-        changed = {trial.number: {"values": trial.values} for trial in running}
+        changed = {trial.number: _going_on(trial) for trial in running}
         left = [trial | changed.get(trial["number"], {}) for trial in listed(plan) if trial["number"] not in ended]
         return None, {"trial": tune.grid_search(left)}, 1
     return Suggested(plan, [t for t in trials if t.number in ended], running), {}, plan.num_trials - len(ended)
@@ -108,10 +108,12 @@ class Suggested(Searcher):
             sampler=sampler,
         )
         self._numbers = _numbers(ended, running)
+        self._running = {trial.number: trial for trial in running}
         for trial in ended:
             self._inner.suggest(trial.name)
-            result = {} if trial.status == "failed" else result_of(plan.goal, trial.reports[-1].metrics)
-            self.on_trial_complete(trial.name, result, error=trial.status == "failed")
+            failed = trial.status == "failed" or not trial.reports
+            result = {} if failed else result_of(plan.goal, trial.reports[-1].metrics)
+            self.on_trial_complete(trial.name, result, error=failed)
 
     def __getstate__(self) -> dict[str, Any]:  # Ray notes it down; nothing is read from there
         return {}
@@ -124,7 +126,8 @@ class Suggested(Searcher):
         chosen = {key: plain(value) for key, value in suggested.items()}
         values = self.plan.space.fitting(self._constants | chosen)
         number = next(self._numbers)
-        return {"trial": {"number": number, "name": self.plan.name_of(number, values), "values": values}}
+        going_on = _going_on(self._running[number]) if number in self._running else {}
+        return {"trial": {"number": number, "name": self.plan.name_of(number, values), "values": values} | going_on}
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """See Ray's ``Searcher``; a trial that failed by itself ended without an error for Ray."""
@@ -148,14 +151,43 @@ def scheduler_of(plan: Plan, trials: Sequence[Trial]) -> TrialScheduler:
         return scheduler
     for trial in trials:
         if trial.status != "running" and trial.reports:
-            past: Any = SimpleNamespace(trial_id=trial.name, status="TERMINATED")
-            nobody: Any = SimpleNamespace(get_live_trials=lambda: [])
-            scheduler.on_trial_add(nobody, past)
+            past: Any = _Past(trial.name)
+            scheduler.on_trial_add(past, past)
             results = [result_of(plan.goal, r.metrics) | {"epoch": r.epoch} for r in trial.reports]
             for result in results:
-                scheduler.on_trial_result(nobody, past, result)
-            scheduler.on_trial_complete(nobody, past, results[-1])
+                if scheduler.on_trial_result(past, past, result) == TrialScheduler.STOP:
+                    break
+            scheduler.on_trial_complete(past, past, results[-1])
     return scheduler
+
+
+class _Past:
+    """A trial of before, as far as schedulers look at it; and a controller without others."""
+
+    status = "TERMINATED"
+
+    def __init__(self, trial_id: str):
+        self.trial_id = trial_id
+
+    def get_live_trials(self) -> list[Any]:
+        """Nobody trains yet."""
+        return []
+
+
+class Median(MedianStoppingRule):
+    """Stops what is worse than the median of the others' averages; whoever failed has none."""
+
+    def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
+        """See Ray's ``TrialScheduler``."""
+        if "goal" not in result:
+            self._results.pop(trial, None)
+        else:
+            super().on_trial_complete(tune_controller, trial, result)
+
+
+def _going_on(trial: Trial) -> dict[str, Any]:
+    """Return what a trial that goes on is told besides its number."""
+    return {"name": trial.name, "values": trial.values, "taken": trial.taken, "resumed": True}
 
 
 def _new_scheduler(plan: Plan) -> TrialScheduler:
@@ -174,7 +206,8 @@ def _new_scheduler(plan: Plan) -> TrialScheduler:
                 brackets=1 if plan.scheduler == "asha" else brackets(plan.epochs, grace),
             )
         case "median":
-            return MedianStoppingRule(**seen, grace_period=grace, min_samples_required=3)
+            # An endless time slice: else trials yield to each other, and each time their states are written.
+            return Median(**seen, grace_period=grace, min_samples_required=3, min_time_slice=math.inf)
         case "pbt":
             return Population(
                 plan.space,

@@ -1,5 +1,6 @@
 """A search's folder: what the search is, and the records of its trials."""
 
+import json
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from typing import Any
@@ -18,6 +19,8 @@ from bdkd_dist.records.trials import Trial
 SEARCH = "search.yaml"
 TRIALS = "trials"
 RECORD = "trial.json"
+TAKEN = "taken.json"
+"""What a trial took over from another one last, and the values that it got with that; written by the trial."""
 
 
 class SearchFolder:
@@ -93,7 +96,17 @@ class SearchFolder:
         found = [
             self._read(name, content) for name, content in zip(names, contents, strict=True) if content is not None
         ]
-        return sorted(found, key=lambda trial: trial.number)
+        trials = {trial.number: trial for trial in sorted(found, key=lambda trial: trial.number)}
+        for trial in trials.values():
+            if trial.status == "running" and (mark := place.find(f"{trial.name}/{TAKEN}")) is not None:
+                self._catch_up(trial, trials, json.loads(mark))
+        return list(trials.values())
+
+    def _catch_up(self, trial: Trial, trials: dict[int, Trial], mark: dict[str, Any]) -> None:
+        """Bring a record to what the trial has taken over since its last report."""
+        if mark["taken"] != trial.taken:
+            trial.take_over(trials[mark["taken"]["number"]], mark["taken"]["epoch"])
+            trial.values = mark["values"]
 
     def _read(self, name: str, content: bytes) -> Trial:
         try:

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 from ray.tune import Callback, Stopper
@@ -52,7 +51,6 @@ class Ledger(Callback):
         self.folder, self.plan, self.trials, self.there = folder, plan, trials, there
         self.progress, self.warn, self.pressed = progress, warn, pressed
         self._shown_s = 0.0
-        self._taken: dict[int, dict[str, int]] = {}
         self._idle_since_s = self._waiting_said_s = time.monotonic()
 
     def __getstate__(self) -> dict[str, Any]:  # as above
@@ -78,9 +76,8 @@ class Ledger(Callback):
             record.status, record.reason = "failed", result["failed"]
         else:
             taken = trial.config["trial"].get("taken")
-            if taken is not None and taken != self._taken.get(record.number):
-                self._taken[record.number] = taken
-                take_over(record, self.trials[taken["number"]], taken["epoch"])
+            if taken is not None and taken != record.taken:
+                record.take_over(self.trials[taken["number"]], taken["epoch"])
             self._report(record, result)
         self.folder.record(record)
         self._show(trials, at_once=True)
@@ -102,7 +99,11 @@ class Ledger(Callback):
         given = trial.config["trial"]
         record = self.trials.setdefault(given["number"], Trial(given["number"], given["name"], given["values"]))
         times = self.there.launch.max_failures
-        record.status, record.reason = "failed", f"lost a process or node more than launch.max_failures={times} times"
+        last = str(trial.get_error() or "").strip().splitlines()[-1:]
+        record.status, record.reason = (
+            "failed",
+            ": ".join([f"given up after launch.max_failures={times} losses", *last]),
+        )
         self.folder.record(record)
         self._show(trials, at_once=True)
 
@@ -137,10 +138,3 @@ class Ledger(Callback):
                 self._waiting_said_s = now
                 self.warn(waiting)
         self.progress.update(sorted(self.trials.values(), key=lambda t: t.number), running, waiting)
-
-
-def take_over(record: Trial, donor: Trial, epoch: int) -> None:
-    """Give a trial another one's past up to an epoch: that is what its state went through. Its own time stays spent."""
-    spent_s = record.wall_s
-    past = [replace(report, wall_s=0.0) for report in donor.reports if report.epoch <= epoch]
-    record.reports = [*past[:-1], *(replace(report, wall_s=spent_s) for report in past[-1:])]

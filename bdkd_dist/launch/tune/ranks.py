@@ -1,8 +1,8 @@
 """The other ranks of a trial that trains with several workers: actors in the trial's own placement group."""
 
 import os
-import socket
 from contextlib import ExitStack
+from datetime import timedelta
 from typing import Any
 
 import ray
@@ -21,6 +21,8 @@ from bdkd_dist.launch.worker import training
 ENDS_WITHIN_S = 5.0
 """How long a rank may take to end after it has left the others."""
 CLOSED_WITHIN_S = 30.0
+TOGETHER_WITHIN = timedelta(minutes=3)
+"""A rank whose process dies before it joins is not waited for longer; a process may have to import torch first."""
 
 
 class Rank:
@@ -35,13 +37,13 @@ class Rank:
         """Return the id of the node that it is on."""
         return ray.get_runtime_context().get_node_id()
 
-    def open(self, recipe: dict[str, Any], master: str, rank: int, world: int, local_world: int) -> None:
+    def open(self, recipe: dict[str, Any], master: tuple[str, int], rank: int, world: int, local_world: int) -> None:
         """Join the group and build the trainer; see :func:`training`."""
         with self._leaving():
             os.environ["LOCAL_WORLD_SIZE"] = str(local_world)
             of_trial = config.from_dict(recipe)
             torch.set_num_threads(max(1, int(of_trial.launch.cpus_per_worker)))
-            join(master, rank, world, self.device)
+            join(dist.TCPStore(*master, is_master=False), rank, world, self.device)
             folder = RunFolder.of(of_trial)
             self._trainer = self._stack.enter_context(
                 training(of_trial, folder, self.device, (), Control(), lambda line: None)
@@ -88,12 +90,13 @@ class Ranks:
         self._start()
         mine = ray.get_runtime_context().get_node_id()
         nodes = [mine, *ray.get([actor.node.remote() for actor in self._actors])]
-        master = f"tcp://{ray.util.get_node_ip_address()}:{_free_port()}"
+        host = ray.util.get_node_ip_address()
+        store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
         self._working = [
-            actor.open.remote(recipe.to_dict(), master, rank, self.world, nodes.count(nodes[rank]))
+            actor.open.remote(recipe.to_dict(), (host, store.port), rank, self.world, nodes.count(nodes[rank]))
             for rank, actor in enumerate(self._actors, 1)
         ]
-        join(master, 0, self.world, torch.device("cuda" if self.cuda else "cpu"))
+        join(store, 0, self.world, torch.device("cuda" if self.cuda else "cpu"))
         return nodes.count(mine)
 
     def train_epoch(self) -> None:
@@ -146,19 +149,15 @@ class Ranks:
             self._actors.append(ray.remote(Rank).options(**options, **gpus).remote(self.cuda))
 
 
-def join(master: str, rank: int, world: int, device: torch.device) -> None:
-    """Become a rank of the group whose first rank listens at ``master``."""
+def join(store: dist.TCPStore, rank: int, world: int, device: torch.device) -> None:
+    """Become a rank of the group that meets at a store, once all of them are there; not all ever may be."""
+    store.set(f"there/{rank}", "yes")
+    store.wait([f"there/{other}" for other in range(world)], TOGETHER_WITHIN)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, init_method=master, rank=rank, world_size=world)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world)
 
 
 def leave() -> None:
     """Leave the group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def _free_port() -> int:
-    with socket.socket() as listening:
-        listening.bind(("", 0))
-        return listening.getsockname()[1]

@@ -218,8 +218,8 @@ def _run_trials(
                 tuner.fit()
         finally:
             progress.close()
-        if pressed():
-            done = sum(trial.status != "running" for trial in trials.values())
+        done = sum(trial.status != "running" for trial in trials.values())
+        if pressed() and done < plan.num_trials:
             raise SearchInterrupted(f"stopped with {done} of {plan.num_trials} trials done")
 
 

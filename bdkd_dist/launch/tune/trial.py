@@ -11,7 +11,7 @@ import os
 import time
 import traceback
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -32,14 +32,16 @@ from bdkd_dist.launch.lease import Superseded
 from bdkd_dist.launch.mirror import METRICS
 from bdkd_dist.launch.ray_worker import is_loss
 from bdkd_dist.launch.run_folder import RunFolder
+from bdkd_dist.launch.tune.folder import RECORD, TAKEN
 from bdkd_dist.launch.tune.ranks import Ranks
 from bdkd_dist.launch.worker import enough_memory, training
 from bdkd_dist.metrics.goals import Goal
 from bdkd_dist.records.environment import write_environment
-from bdkd_dist.records.files import atomic_write
+from bdkd_dist.records.files import atomic_write, json_text
 from bdkd_dist.records.hparams import HParams
 from bdkd_dist.records.metric_lines import MetricLines
 from bdkd_dist.records.tensorboard import TensorBoardObserver
+from bdkd_dist.records.trials import Trial
 
 CHECKPOINT = "checkpoint.pt"
 SHOWN_METRICS = ("top1", "ece", "nll")
@@ -76,6 +78,8 @@ class TrialProcess(Trainable):
     ``tune.with_parameters``.
     """
 
+    _trainer: Trainer | None
+
     def setup(self, config: dict[str, Any], recipe: dict[str, Any], goal: Goal, replays: bool, cuda: bool) -> None:
         """See Ray's ``Trainable``.
 
@@ -105,7 +109,9 @@ class TrialProcess(Trainable):
         except (Exception, SystemExit) as error:
             cause = self.ranks.cause_of(error) if is_loss(error) else error
             if is_loss(cause):
-                self._stack.pop_all()  # who died may have taken the storage with it: nothing more is written
+                # Another process goes on from what is in the folder: nothing more is written there by this one.
+                self._abandoned = self._stack.pop_all()
+                self._trainer = None
                 self.ranks.end()
                 raise
             return self._failed(cause)
@@ -125,9 +131,13 @@ class TrialProcess(Trainable):
         Path(checkpoint_dir, CHECKPOINT).write_bytes(content)
 
     def load_checkpoint(self, checkpoint_dir: str) -> None:
-        """See Ray's ``Trainable``: go on from there, whatever trial it was."""
+        """See Ray's ``Trainable``: go on from another trial's state, unless that was done before.
+
+        What Ray keeps of a trial itself is no newer than what is in its folder.
+        """
         self._close()
-        self._taken_over = Path(checkpoint_dir, CHECKPOINT).read_bytes()
+        if self._taken is not None and self._taken != taken_before(self.folder, self._warn):
+            self._taken_over = Path(checkpoint_dir, CHECKPOINT).read_bytes()
 
     def cleanup(self) -> None:
         """See Ray's ``Trainable``."""
@@ -138,15 +148,15 @@ class TrialProcess(Trainable):
         trial = config["trial"]
         self.values: dict[str, Any] = trial["values"]
         self.folder = RunFolder(self.recipe.run.storage) / trial["name"]
+        self._taken, self._resumed = trial.get("taken"), trial.get("resumed", False)
         self._run = {"run.name": trial["name"]}
         self._stack = ExitStack()
-        self._trainer: Trainer | None = None
+        self._trainer = None
         self._hparams: HParams | None = None
         self._evaluated = Evaluated()
         self._past: deque[dict[str, Any]] = deque()
         self._taken_over = b""
         self._said: list[str] = []
-        self._reported = 0
 
     def _next_report(self) -> dict[str, Any]:
         trainer = self._trainer or self._open()
@@ -160,28 +170,26 @@ class TrialProcess(Trainable):
                     self.ranks.wait()
             report = {"epoch": trainer.epoch, "step": trainer.step, "metrics": self._evaluated.metrics}
             self._evaluated.epoch = -1
-        self._reported = report["epoch"]
         finished = report["epoch"] == trainer.recipe.train.epochs
         if finished:
             self._close()
         return {**report, "finished": finished}
 
     def _open(self) -> Trainer:
+        first = next(role for role in self.recipe.models.by_role if role != "teacher")
+        self._hparams = HParams(self.folder.path, self.values, tuple(f"val/{first}/{name}" for name in SHOWN_METRICS))
         recipe = config.replace(self.recipe, self.values | self._run)
         os.environ["LOCAL_WORLD_SIZE"] = str(self.ranks.open(recipe))
         torch.set_num_threads(max(1, int(recipe.launch.cpus_per_worker)))
         folder = self.folder
-        if self._taken_over:
-            take_over(folder, self._taken_over, self._warn)
+        if taking := bool(self._taken_over):
+            take_over(folder, self._taken_over, {"taken": self._taken, "values": self.values}, self._warn)
             self._taken_over = b""
         folder.path.mkdir(parents=True, exist_ok=True)
         folder.fetch("environment.json", say=self._warn)
         atomic_write(folder.recipe, recipe.to_yaml().encode())
         write_environment(folder.environment)
         folder.push(folder.recipe, folder.environment, say=self._warn)
-        first = next(role for role in recipe.models.by_role if role != "teacher")
-        tags = tuple(f"val/{first}/{metric}" for metric in SHOWN_METRICS)
-        self._hparams = HParams(folder.path, self.values, tags)
         observers: list[Observer] = [
             TensorBoardObserver(folder.path, recipe.to_yaml()),
             MetricLines(folder.path),
@@ -191,9 +199,17 @@ class TrialProcess(Trainable):
         trainer = self._stack.enter_context(training(recipe, folder, self.device, observers, Control(), self._warn))
         trainer.start()
         self._trainer = trainer
-        past = validations(folder.path / METRICS, trainer.epoch)
-        self._past = deque(past if self.replays else past[-1:] if trainer.finished else [])
+        # What lies behind a state that was taken over the donor has said.
+        self._past = deque([] if taking else self._unheard(validations(folder.path / METRICS, trainer.epoch)))
         return trainer
+
+    def _unheard(self, past: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Return which of its reports the trial has to say (again): what the driver did not hear, or its scheduler."""
+        if self._resumed and self.replays:
+            return past
+        record = patiently(lambda: self.folder.place.find(RECORD), self._warn)
+        heard = Trial.from_json(record).reports[-1:] if record is not None else []
+        return [report for report in past if not heard or report["epoch"] > heard[0].epoch]
 
     def _failed(self, error: BaseException) -> dict[str, Any]:
         own = isinstance(error, Diverged | UserError | DataError | Superseded)
@@ -205,8 +221,6 @@ class TrialProcess(Trainable):
         self.ranks.end()
         return {
             "failed": reason,
-            "epoch": 1 + self._reported,  # schedulers want a time and a number, and compare with them
-            "goal": WORST,
             "values": self.values,
             "warnings": self._warnings(),
             "done": True,
@@ -278,11 +292,21 @@ def _with_nan(networks: dict[str, dict[str, float | None]]) -> dict[str, dict[st
     }
 
 
-def take_over(folder: RunFolder, content: bytes, say: Any) -> None:
-    """Put another trial's checkpoint in the place of a trial's own."""
+def take_over(folder: RunFolder, content: bytes, mark: dict[str, Any], say: Callable[[str], None]) -> None:
+    """Put another trial's checkpoint in the place of a trial's own, and write down that it was done.
+
+    Killed in between, the trial has one or the other whole.
+    """
     name = f"step-{loads(content)['step']:08d}.pt"
     place = folder.place
+    patiently(lambda: place.write(f"checkpoints/{name}", content), say)
     for own in patiently(folder.kept, say):
         if own != name:
             patiently(lambda own=own: place.delete(f"checkpoints/{own}"), say)  # type: ignore[misc]
-    patiently(lambda: place.write(f"checkpoints/{name}", content), say)
+    patiently(lambda: place.write(TAKEN, json_text(mark)), say)
+
+
+def taken_before(folder: RunFolder, say: Callable[[str], None]) -> dict[str, int] | None:
+    """Return what a trial took over last, see :func:`take_over`."""
+    content = patiently(lambda: folder.place.find(TAKEN), say)
+    return None if content is None else json.loads(content)["taken"]
