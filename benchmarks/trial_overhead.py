@@ -36,6 +36,8 @@ from bdkd_dist.launch.tune import search
 from bdkd_dist.launch.worker import training, work
 
 WARM_RUNS = 3
+THREADS = 2
+"""Of torch, everywhere; a trial of ours takes one for each CPU that it claims."""
 SPACE = """
 from ray import tune
 
@@ -49,7 +51,7 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=6)
     parser.add_argument("--epochs", type=int, default=2)
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
+    torch.set_num_threads(THREADS)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         recipe = recipe_of(folder, arguments.epochs)
@@ -98,16 +100,16 @@ def train(recipe: Recipe) -> None:
 
 
 def start_and_end_ray() -> None:
-    with cluster.connected("local", 2):
+    with cluster.connected("local", THREADS):
         pass
 
 
 def tuned(recipe: Recipe, folder: Path, trials: int) -> None:
     space = folder / "seeds.py"
     space.write_text(SPACE.format(trials=trials))
-    # Two CPUs each, of which it uses one: so one trial at a time.
+    # All CPUs of the cluster: so one trial at a time.
     alone = config.replace(recipe, {"run.name": "search"})
-    alone = alone.model_copy(update={"launch": alone.launch.model_copy(update={"cpus_per_worker": 2.0})})
+    alone = alone.model_copy(update={"launch": alone.launch.model_copy(update={"cpus_per_worker": float(THREADS)})})
     search.search(str(space), alone, search.Asked(scheduler="none"), Console(quiet=True))
 
 
@@ -126,7 +128,7 @@ def nested_trainers(recipe: Recipe, trials: int) -> None:
             run_config=RunConfig(name=named["run.name"], storage_path=f"{recipe.run.storage}/ray-train"),
         ).fit()
 
-    with cluster.connected("local", 2):
+    with cluster.connected("local", THREADS):
         tune.Tuner(
             tune.with_resources(trial, {"CPU": 1}),
             param_space={"seed": tune.grid_search(list(range(trials)))},
@@ -136,7 +138,7 @@ def nested_trainers(recipe: Recipe, trials: int) -> None:
 
 
 def worker(tree: dict[str, Any]) -> None:
-    torch.set_num_threads(1)
+    torch.set_num_threads(THREADS)
     recipe = config.from_dict(tree)
     run = RunFolder.of(recipe)
     run.path.mkdir(parents=True)
