@@ -245,6 +245,8 @@ def tune(
     from bdkd_dist import config
     from bdkd_dist.launch.tune import search as launched
 
+    if recipe.endswith(".py"):
+        raise UserError(f"RECIPE {recipe} is a Python file; SPACE comes first, then RECIPE")
     asked = launched.Asked(goal, tuple(subject_to or ()), search, scheduler, num_trials, seed, test)
     named = config.load(recipe, [*launched.default_name(space, recipe), *(overrides or ())])
     found = launched.search(space, named, asked, console, address)

@@ -1,7 +1,7 @@
 """Compare runs, or the tested trials of searches: the command line without the command line."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -10,7 +10,7 @@ from rich.table import Table
 
 from bdkd_dist.errors import UserError, nearest
 from bdkd_dist.launch.run_folder import RunFolder
-from bdkd_dist.launch.tune.folder import SEARCH, TRIALS
+from bdkd_dist.launch.tune.folder import RECORD, SEARCH, TRIALS
 from bdkd_dist.records.comparison import Comparison, Run
 from bdkd_dist.records.comparison_report import is_comparison, methods_table, write_comparison
 
@@ -34,7 +34,8 @@ def compare(where: Sequence[str], out: Path, console: Console) -> Path:
             is written then.
     """
     _check_free(out)
-    folders = [folder for name in where for folder in _runs_of(name)]
+    say = lambda line: console.print(line, style="yellow", highlight=False, markup=False, soft_wrap=True)  # noqa: E731
+    folders = [folder for name in where for folder in _runs_of(name, say)]
     _check_once(folders)
     comparison = Comparison.of([_read(folder) for folder in folders])
     try:
@@ -63,13 +64,17 @@ def _check_free(out: Path) -> None:
         raise UserError(f"--out {out} exists and holds no comparison; choose another folder")
 
 
-def _runs_of(name: str) -> Iterator[RunFolder]:
-    """Yield the run of that name, or the tested trials of the search."""
+def _runs_of(name: str, say: Callable[[str], None]) -> Iterator[RunFolder]:
+    """Yield the run of that name, or the tested trials of the search; say how many are left out."""
     folder = RunFolder(name)
     if not folder.place.is_folder():
         raise UserError(f"there is no run {folder}{nearest(folder.place.name, _beside(folder))}")
     trials = folder.place / TRIALS
     if not trials.is_folder() and not folder.place.exists(SEARCH):
+        if not folder.finished and folder.place.exists(RECORD):
+            raise UserError(
+                f"{folder} is a trial that was not tested; a search with --test all tests those that finish"
+            )
         if not folder.finished and folder.place.exists("recipe.yaml"):
             raise UserError(f"{folder} is not finished (it holds no results.json); the command that trains it goes on")
         yield folder
@@ -78,6 +83,8 @@ def _runs_of(name: str) -> Iterator[RunFolder]:
     tested = [trial for trial in (folder / f"{TRIALS}/{name}" for name in names) if trial.finished]
     if not tested:
         raise UserError(f"{folder}: none of its {len(names)} trials is tested yet (holds results.json)")
+    if len(tested) < len(names):
+        say(f"{folder}: {len(names) - len(tested)} of {len(names)} trials were not tested, and are left out")
     yield from tested
 
 

@@ -227,6 +227,11 @@ def _differences(made: Page, comparison: Comparison) -> None:
     for method in comparison.methods[1:]:
         if not comparison.same_images(method):
             made.text(f"No differences of {method.key}: its runs and those of {first.key} were tested on other images.")
+        elif sorted(run.seed for run in method.runs) != sorted(run.seed for run in first.runs):
+            made.text(
+                f"{method.key} was trained with other seeds than {first.key}: what its difference shows may be that of "
+                "the seeds."
+            )
 
 
 def _diagrams(made: Page, comparison: Comparison) -> None:

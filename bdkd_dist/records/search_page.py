@@ -332,7 +332,7 @@ def _all_trials(page: Page, trials: Sequence[Trial], goal: Goal, results: Mappin
     keys, own = varied(trials), network(goal)
     shown = {name: head.removeprefix(f"{own} ") for name, head in heads(goal).items()}
     tests = {trial: of_test(measured) for trial, measured in results.items()}
-    test_heads = {f"{own}/top1": "test top-1 %", f"{own}/ece": "test ECE %"} if tests else {}
+    test_heads = {f"{own}/top1": "test top-1 %", f"{own}/ece": "test ECE %", f"{own}/nll": "test NLL"} if tests else {}
     rows = [
         [
             str(trial.number),

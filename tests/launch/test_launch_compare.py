@@ -1,5 +1,6 @@
 """`bdkd compare` on real runs: what it takes, what it writes, what it refuses, and its page in a real browser."""
 
+import io
 import json
 import shutil
 import subprocess
@@ -96,6 +97,17 @@ def test_differences_are_those_of_the_predictions(compared: tuple[Path, str], ru
         assert row[f"difference_{metric}_high"] == pytest.approx(high, abs=1e-12)
 
 
+def test_a_trial_that_was_not_tested_and_unequal_seeds_are_said(search: Path, runs: Path, tmp_path: Path) -> None:
+    (search / "trials/0002-dml-1/trial.json").write_text("{}")
+    with pytest.raises(UserError, match=r"0002-dml-1 is a trial that was not tested; a search with --test all"):
+        compare([str(search / "trials/0002-dml-1")], tmp_path / "out", quiet())
+    (search / "trials/0002-dml-1/trial.json").unlink()
+    compare([str(runs / name) for name in ("bdkd-0", "bdkd-1", "dml-0")], tmp_path / "out", quiet())
+    assert "B was trained with other seeds than A" in (tmp_path / "out/report.html").read_text()
+    compare(named(runs), tmp_path / "out", quiet())
+    assert "other seeds" not in (tmp_path / "out/report.html").read_text()
+
+
 def test_a_comparison_is_made_anew_and_anything_else_is_kept(runs: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     compare(named(runs), out, quiet())
@@ -125,7 +137,9 @@ def search(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_of_a_search_all_tested_trials_are_compared(search: Path, tmp_path: Path) -> None:
-    compare([str(search)], tmp_path / "out", quiet())
+    said = io.StringIO()
+    compare([str(search)], tmp_path / "out", Console(file=said, width=200))
+    assert "1 of 3 trials were not tested, and are left out" in said.getvalue()
     rows = pq.read_table(tmp_path / "out/methods.parquet").to_pylist()
     assert [(row["label"], row["network"], row["runs"]) for row in rows] == [
         ("objective bdkd", "student", 1),

@@ -129,3 +129,27 @@ def test_a_job_is_sent_with_a_space_that_travels_and_fits(tmp_path: Path) -> Non
         (tmp_path / "space.py").write_text(searches.RANGES.replace("nu_forward", "nu_forwards"))
         with pytest.raises(UserError, match="nu_forward"):
             check("space.py", *places)
+
+
+@pytest.mark.parametrize(
+    ("asked", "space", "scheduler"),
+    [
+        (Asked(), searches.RANGES, "asha"),
+        (Asked(test="all"), searches.RANGES, "none"),
+        (Asked(), searches.grid(seed=[0, 1]), "none"),
+        (Asked(scheduler="median"), searches.grid(seed=[0, 1]), "median"),
+        (Asked(), PBT, "pbt"),
+    ],
+)
+def test_what_is_to_be_compared_is_not_stopped_unless_asked(
+    tmp_path: Path, asked: Asked, space: str, scheduler: str
+) -> None:
+    (tmp_path / "space.py").write_text(space)
+    plan, _ = search._planned(str(tmp_path / "space.py"), config.load("digits", searches.TINY), asked)
+    assert plan.scheduler == scheduler
+
+
+def test_a_shipped_spaces_name_leads_to_its_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(Path(__file__).parents[2])
+    with pytest.raises(UserError, match=r"did you mean 'tune_spaces/objectives\.py'"):
+        search._planned("objectives", config.load("digits"), Asked())

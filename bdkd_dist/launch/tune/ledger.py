@@ -124,7 +124,9 @@ class Ledger(Callback):
         if not at_once and now - self._shown_s < SHOWN_EVERY_S:
             return
         self._shown_s = now
-        running = sum(trial.status == "RUNNING" for trial in trials)
+        training = {trial.config["trial"]["number"] for trial in trials if trial.status == "RUNNING"}
+        # Ray's word for a trial that has just ended comes a moment later.
+        running = sum(record.status == "running" for number, record in self.trials.items() if number in training)
         waiting = ""
         if running:
             self._idle_since_s = now

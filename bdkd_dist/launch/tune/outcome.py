@@ -80,6 +80,8 @@ class Found:
             yield f"trial {trial.number:04d}           {self.folder.run(trial)}"
         if self.chosen:
             yield f"recipe               {self.folder.folder.name(self.folder.folder.path / BEST)}"
+        if len(self.tested) > len(self.chosen):
+            yield f"compare              bdkd compare {self.folder}"
         yield f"report               {self.folder.folder.name(self.folder.folder.path / PAGE)}"
         yield f"curves               {beside('tensorboard')} --logdir {self.folder.folder / TRIALS}"
 

@@ -36,7 +36,7 @@ from bdkd_dist.records.search_tables import chosen
 from bdkd_dist.records.trials import Trial
 
 NUM_TRIALS = 20
-DEFAULTS = {"goal": "nll", "search": "tpe", "scheduler": "asha", "test": "best"}
+DEFAULTS = {"goal": "nll", "search": "tpe", "test": "best"}
 TESTED = ("best", "all")
 STATES_KEPT = 4
 """Of a trial, for others to take over."""
@@ -95,6 +95,8 @@ def search(space_path: str, recipe: Recipe, asked: Asked, console: Console, addr
         trials = {trial.number: trial for trial in folder.trials()}
         folder.describe(recipe, identity, "began")
         left = plan.num_trials - sum(trial.status != "running" for trial in trials.values())
+        if left < 0:
+            warn(f"--num-trials {plan.num_trials}: {folder} holds {plan.num_trials - left} already")
         if left > 0:
             check_fits(example, prepared(example.data, console))
             console.print(
@@ -127,12 +129,14 @@ def _beginning(plan: Plan, recipe: Recipe, folder: SearchFolder, done: int) -> s
 
 def _planned(space_path: str, recipe: Recipe, asked: Asked) -> tuple[Plan, str]:
     space = load_space(space_path, recipe)
-    said = {key: getattr(asked, key) for key in DEFAULTS}
+    said = {key: getattr(asked, key) for key in ("goal", "search", "scheduler", "test")}
     choices = DEFAULTS | space.defaults | {key: value for key, value in said.items() if value is not None}
+    size = space.grid_size()
+    # What is to be compared, trial by trial, is trained to its end.
+    choices.setdefault("scheduler", "none" if size is not None or choices["test"] == "all" else "asha")
     for key, allowed in {"search": SEARCHES, "scheduler": SCHEDULERS, "test": TESTED}.items():
         if choices[key] not in allowed:
             raise unknown(f"--{key}", str(choices[key]), allowed)
-    size = space.grid_size()
     search, scheduler = str(choices["search"]), str(choices["scheduler"])
     if asked.search is None and (size is not None or scheduler == "pbt"):
         search = "random" if size is None else "grid"

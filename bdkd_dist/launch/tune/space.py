@@ -154,7 +154,9 @@ def load_space(path: str, recipe: Recipe) -> Space:
 def _source(file: Path) -> str:
     if not file.is_file():
         beside = [other.name for other in file.parent.glob("*.py")] if file.parent.is_dir() else []
-        raise UserError(f"there is no space file {file}{nearest(file.name, beside)}")
+        shipped = Path("tune_spaces") / f"{file.stem}.py"
+        hint = f"; did you mean '{shipped}'?" if shipped.is_file() else nearest(file.name, beside)
+        raise UserError(f"there is no space file {file}{hint}")
     try:
         return file.read_text(encoding="utf-8")
     except OSError as error:
