@@ -7,10 +7,9 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.measure import Measurement
-from rich.table import Table
 
 from bdkd_dist.errors import UserError
+from bdkd_dist.records.printing import print_line, print_table
 
 app = typer.Typer(
     help="Online distillation of small image classifiers whose confidence can be trusted (BD-KD).",
@@ -112,7 +111,7 @@ def prepare(
     rules = launched.rules_of(max_side, quality, check, undecodable)
     outcome = launched.prepare(source, out, rules, console, address, overrides or ())
     for line in outcome.lines():
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        print_line(console, line)
 
 
 @app.command()
@@ -132,9 +131,9 @@ def doctor(
         from bdkd_dist.launch import ray_doctor
 
         nodes = ray_doctor.examine(address, storage)
-        _show(ray_doctor.table(nodes))
+        print_table(console, ray_doctor.table(nodes))
         for line in ray_doctor.problems(nodes):
-            console.print(line, highlight=False, markup=False, soft_wrap=True)
+            print_line(console, line)
         raise typer.Exit(int(any(node.lacks_something for node in nodes)))
     if storage is not None:
         raise UserError("--storage is looked at from the nodes of a cluster; give its --address too")
@@ -182,7 +181,7 @@ def list_jobs(address: Address = None) -> None:
     from bdkd_dist.launch.jobs import Jobs
 
     listed = Jobs(address).table()
-    console.print(listed) if console.is_terminal else _show(listed)  # elsewhere a job is one line
+    console.print(listed) if console.is_terminal else print_table(console, listed)  # elsewhere a job is one line
 
 
 @jobs_app.command("logs")
@@ -250,9 +249,9 @@ def tune(
     asked = launched.Asked(goal, tuple(subject_to or ()), search, scheduler, num_trials, seed, test)
     named = config.load(recipe, [*launched.default_name(space, recipe), *(overrides or ())])
     found = launched.search(space, named, asked, console, address)
-    _show(found.table())
+    print_table(console, found.table())
     for line in found.lines():
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        print_line(console, line)
     if not found.chosen:
         raise UserError(found.lacking())
 
@@ -273,25 +272,17 @@ def _write(text: str) -> None:
 
 def _say(line: str) -> None:
     """Speak beside the output, which may go to a file."""
-    Console(stderr=True).print(line, highlight=False, markup=False, soft_wrap=True)
-
-
-def _show(table: Table) -> None:
-    """Print a table at its own width: on a narrower terminal its lines wrap, but no digit is left out."""
-    width = Measurement.get(console, console.options.update(width=500), table).maximum
-    Console(width=max(width, console.width)).print(table)
+    print_line(Console(stderr=True), line)
 
 
 def _report(folder: "RunFolder") -> None:  # type: ignore[name-defined]  # noqa: F821
     from bdkd_dist.launch.programs import beside
     from bdkd_dist.records.results import read_results, results_table
 
-    _show(results_table(read_results(folder.results)))
+    print_table(console, results_table(read_results(folder.results)))
     diagram = folder.name(folder.figures / "reliability_test.png")
-    console.print(f"reliability diagram  {diagram}", highlight=False, soft_wrap=True)
-    console.print(
-        f"curves               {beside('tensorboard')} --logdir {folder.above}", highlight=False, soft_wrap=True
-    )
+    print_line(console, f"reliability diagram  {diagram}")
+    print_line(console, f"curves               {beside('tensorboard')} --logdir {folder.above}")
 
 
 def _report_shift(folder: "RunFolder") -> None:  # type: ignore[name-defined]  # noqa: F821
@@ -299,10 +290,10 @@ def _report_shift(folder: "RunFolder") -> None:  # type: ignore[name-defined]  #
 
     path = records.shift_path(folder.path)
     measured = records.read(path)
-    _show(records.severity_table(measured))
-    _show(records.corruption_table(measured))
-    console.print(f"under shift          {folder.name(folder.figures / 'shift.png')}", highlight=False, soft_wrap=True)
-    console.print(f"all figures          {folder.name(path)}", highlight=False, soft_wrap=True)
+    print_table(console, records.severity_table(measured))
+    print_table(console, records.corruption_table(measured))
+    print_line(console, f"under shift          {folder.name(folder.figures / 'shift.png')}")
+    print_line(console, f"all figures          {folder.name(path)}")
 
 
 def _report_ood(folder: "RunFolder", source: str) -> None:  # type: ignore[name-defined]  # noqa: F821
@@ -310,8 +301,8 @@ def _report_ood(folder: "RunFolder", source: str) -> None:  # type: ignore[name-
     from bdkd_dist.records import shift as records
 
     path = records.ood_path(folder.path, shown(source))
-    _show(records.ood_table(records.read(path)))
-    console.print(f"all figures          {folder.name(path)}", highlight=False, soft_wrap=True)
+    print_table(console, records.ood_table(records.read(path)))
+    print_line(console, f"all figures          {folder.name(path)}")
 
 
 def main() -> None:
@@ -333,5 +324,5 @@ def main() -> None:
 
 
 def _fail(line: str, code: int) -> None:
-    Console(stderr=True).print(line, style="red", highlight=False, markup=False, soft_wrap=True)
+    print_line(Console(stderr=True), line, style="red")
     sys.exit(code)

@@ -1,11 +1,17 @@
 """The few things the engine asks of torch.distributed; with one process, without a group, all are no-ops."""
 
+import inspect
 import os
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+# torch 2.14 gave it another name.
+_DDP_OPTIONS = inspect.signature(DistributedDataParallel).parameters
+SYNC_BUFFERS = "forward_sync_buffers" if "forward_sync_buffers" in _DDP_OPTIONS else "broadcast_buffers"
 
 
 def world_size() -> int:

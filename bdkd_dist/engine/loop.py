@@ -5,7 +5,6 @@ Nothing in a step waits for the device: per-step values go into a buffer there a
 """
 
 import copy
-import inspect
 import time
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -35,6 +34,7 @@ from bdkd_dist.engine import distributed
 from bdkd_dist.engine.batchnorm import synchronise
 from bdkd_dist.engine.checkpoint import Checkpoints, load_teacher
 from bdkd_dist.engine.control import Control, Wish
+from bdkd_dist.engine.endings import Diverged, Interrupted
 from bdkd_dist.engine.evaluate import Evaluator
 from bdkd_dist.engine.observer import EvalLog, NetworkDiagnosis, Observer, StepLog
 from bdkd_dist.engine.optim import build_optimizer, learning_rate
@@ -42,27 +42,6 @@ from bdkd_dist.engine.pair import build_pair
 from bdkd_dist.engine.patience import patiently
 from bdkd_dist.errors import UserError
 from bdkd_dist.objectives import Losses
-
-# torch 2.14 gave it another name.
-_DDP_OPTIONS = inspect.signature(DistributedDataParallel).parameters
-SYNC_BUFFERS = "forward_sync_buffers" if "forward_sync_buffers" in _DDP_OPTIONS else "broadcast_buffers"
-
-
-class Interrupted(Exception):
-    """The run was asked to stop; its state is in ``checkpoint``."""
-
-    def __init__(self, step: int, checkpoint: str):
-        super().__init__(f"stopped after step {step}; checkpoint {checkpoint}")
-        self.step = step
-        self.checkpoint = checkpoint
-
-
-class Diverged(RuntimeError):
-    """A loss is no longer finite: ``what`` happened, and what may help."""
-
-    def __init__(self, what: str, advice: str = ""):
-        super().__init__("; ".join(filter(None, (what, advice))))
-        self.what = what
 
 
 class Trainer:
@@ -129,7 +108,7 @@ class Trainer:
             # DDP makes the networks equal on all ranks; a user's own may have begun with other numbers on each.
             distributed.broadcast_(t for average in self.averages.values() for t in average.state_dict().values())
             ids = [device.index] if device.type == "cuda" else None
-            options: dict[str, Any] = {SYNC_BUFFERS: False}
+            options: dict[str, Any] = {distributed.SYNC_BUFFERS: False}
             self.ddp = DistributedDataParallel(
                 self.pair,
                 device_ids=ids,

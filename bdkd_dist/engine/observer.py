@@ -47,22 +47,27 @@ class EvalLog:
 
 
 class Observer(Protocol):
-    """Watches a run. Only rank 0 has observers."""
+    """Watches a run. Only rank 0 has observers; what one of them does not care for it inherits."""
 
     def start(self, step: int, total_steps: int) -> None:
         """The loop begins or goes on at ``step``: what was recorded after it will come again, so forget it."""
+        return
 
     def stepped(self, log: StepLog) -> None:
         """Some steps are done."""
+        return
 
     def evaluated(self, log: EvalLog) -> None:
         """A split was evaluated."""
+        return
 
     def flush(self) -> None:
         """Make everything recorded so far durable: a checkpoint that covers it follows."""
+        return
 
     def close(self) -> None:
         """The loop ends, finished or not."""
+        return
 
 
 class Observers:

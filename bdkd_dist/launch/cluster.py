@@ -11,6 +11,7 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from bdkd_dist.config import Launch
 from bdkd_dist.errors import UserError, first_line
 
 CONNECT_WITHIN_S = 10.0
@@ -70,6 +71,18 @@ def free(resources: dict[str, float]) -> str:
     there, unused = ray.cluster_resources(), ray.available_resources()
     parts = [f"{unused.get(name, 0):g} of {there.get(name, 0):g} {name}" for name in resources]
     return f"{', '.join(parts)} free on {sum(node['Alive'] for node in ray.nodes())} node(s)"
+
+
+def wanted(launch: Launch, resources: dict[str, float]) -> str:
+    """Say what a run waits for, e.g. ``1 to 2 worker(s) of 1 CPU each``.
+
+    Args:
+        launch: How many workers.
+        resources: What each claims.
+    """
+    low, high = launch.min_workers, launch.max_workers
+    each = " and ".join(f"{amount:g} {name}" for name, amount in resources.items())
+    return f"{low if low == high else f'{low} to {high}'} worker(s) of {each} each"
 
 
 def draining() -> set[str]:

@@ -5,14 +5,13 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from rich.console import Console
-from rich.measure import Measurement
-from rich.table import Table
 
 from bdkd_dist.errors import UserError, nearest
 from bdkd_dist.launch.run_folder import RunFolder
 from bdkd_dist.launch.tune.folder import RECORD, SEARCH, TRIALS
 from bdkd_dist.records.comparison import Comparison, Run
 from bdkd_dist.records.comparison_report import is_comparison, methods_table, write_comparison
+from bdkd_dist.records.printing import print_line, print_table, warner
 
 PREDICTIONS = "predictions/test.parquet"
 
@@ -34,8 +33,7 @@ def compare(where: Sequence[str], out: Path, console: Console) -> Path:
             is written then.
     """
     _check_free(out)
-    say = lambda line: console.print(line, style="yellow", highlight=False, markup=False, soft_wrap=True)  # noqa: E731
-    folders = [folder for name in where for folder in _runs_of(name, say)]
+    folders = [folder for name in where for folder in _runs_of(name, warner(console))]
     _check_once(folders)
     comparison = Comparison.of([_read(folder) for folder in folders])
     try:
@@ -43,15 +41,9 @@ def compare(where: Sequence[str], out: Path, console: Console) -> Path:
         page = write_comparison(comparison, out)
     except OSError as error:
         raise UserError(f"--out {out}: {error.strerror or error}") from None
-    _show(methods_table(comparison), console)
-    console.print(f"report  {page}", highlight=False, markup=False, soft_wrap=True)
+    print_table(console, methods_table(comparison))
+    print_line(console, f"report  {page}")
     return page
-
-
-def _show(table: Table, console: Console) -> None:
-    """Print a table at its own width: on a narrower terminal its lines wrap, but no digit is left out."""
-    width = Measurement.get(console, console.options.update(width=500), table).maximum
-    Console(file=console.file, width=max(width, console.width), quiet=console.quiet).print(table)
 
 
 def _check_free(out: Path) -> None:

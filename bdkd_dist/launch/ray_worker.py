@@ -16,7 +16,7 @@ from ray.train.torch import get_device
 from bdkd_dist import config
 from bdkd_dist.data.loader import DataError
 from bdkd_dist.engine import distributed
-from bdkd_dist.engine.loop import Diverged, Interrupted
+from bdkd_dist.engine.endings import Diverged, Interrupted
 from bdkd_dist.engine.observer import EvalLog, StepLog
 from bdkd_dist.errors import UserError
 from bdkd_dist.launch.lease import Superseded

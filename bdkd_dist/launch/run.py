@@ -25,6 +25,7 @@ from bdkd_dist.launch.prepare import preparing
 from bdkd_dist.launch.run_folder import RunFolder
 from bdkd_dist.records.environment import write_environment
 from bdkd_dist.records.files import atomic_write
+from bdkd_dist.records.printing import warner
 from bdkd_dist.records.progress import Progress
 
 
@@ -43,7 +44,7 @@ def train(recipe: Recipe, console: Console, address: str | None = None) -> RunFo
     """
     folder = RunFolder.of(recipe)
     preflight.check(recipe, folder, on_cluster=address is not None)
-    warn = lambda line: console.print(line, style="yellow", highlight=False, markup=False, soft_wrap=True)  # noqa: E731
+    warn = warner(console)
     with folder.locked(warn):
         folder.check_owner(recipe)
         if folder.finished:

@@ -71,23 +71,16 @@ class Vigil:
         if not self.waiting:
             self.waiting = True
             self._waiting_since_s = self._said_at_s = now_s
-        waited_s = now_s - self._waiting_since_s
+        waited_s, wanted = now_s - self._waiting_since_s, cluster.wanted(self.launch, self.resources)
         if waited_s > self.launch.wait_timeout_s:
             raise WorkersLost(
-                f"launch.wait_timeout_s={self.launch.wait_timeout_s:g}: gave up waiting for {self._wanted()}; "
+                f"launch.wait_timeout_s={self.launch.wait_timeout_s:g}: gave up waiting for {wanted}; "
                 f"{cluster.free(self.resources)}; the state is kept, the same command goes on"
             )
         if now_s - self._said_at_s >= SAY_EVERY_S:
             self._said_at_s = now_s
             started = f", {len(workers.beats)} started" if workers.beats else ""
-            self.warn(
-                f"waiting for {self._wanted()} since {duration(waited_s)}{started}; {cluster.free(self.resources)}"
-            )
-
-    def _wanted(self) -> str:
-        low, high = self.launch.min_workers, self.launch.max_workers
-        each = " and ".join(f"{amount:g} {name}" for name, amount in self.resources.items())
-        return f"{low if low == high else f'{low} to {high}'} worker(s) of {each} each"
+            self.warn(f"waiting for {wanted} since {duration(waited_s)}{started}; {cluster.free(self.resources)}")
 
     def _see_size(self, workers: Workers) -> None:
         size = len(workers.beats)

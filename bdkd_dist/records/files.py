@@ -47,6 +47,15 @@ def json_text(tree: Any, indent: int | None = None) -> bytes:
     return json.dumps(_finite(tree), indent=indent, allow_nan=False).encode() + b"\n"
 
 
+def with_nan(tree: Any) -> Any:
+    """Return what was read of :func:`json_text`'s with nan for null."""
+    if isinstance(tree, dict):
+        return {key: with_nan(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [with_nan(value) for value in tree]
+    return math.nan if tree is None else tree
+
+
 def _finite(tree: Any) -> Any:
     if isinstance(tree, dict):
         return {key: _finite(value) for key, value in tree.items()}

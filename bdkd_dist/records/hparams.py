@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bdkd_dist.engine.observer import EvalLog, StepLog
+from bdkd_dist.engine.observer import Observer
 from bdkd_dist.records.files import atomic_write
 from bdkd_dist.records.tensorboard import EVENT_FILE
 
@@ -17,7 +17,7 @@ BEGUN, ENDED = f"{EVENT_FILE}{0:010d}.hparams", ".hparams-end"
 """Files of their own: one sorts before the curves', the other after them."""
 
 
-class HParams:
+class HParams(Observer):
     """Writes what a trial tried into ``<run>/tensorboard``, at its beginning, and how it ended.
 
     Args:
@@ -49,18 +49,6 @@ class HParams:
             data.session_end_info.status = Status.Value("STATUS_FAILURE")
             plugin.content = data.SerializeToString()
         _write(self.folder / f"{EVENT_FILE}{int(time.time()):010d}{ENDED}", ended)
-
-    def stepped(self, log: StepLog) -> None:
-        """See :meth:`Observer.stepped`."""
-
-    def evaluated(self, log: EvalLog) -> None:
-        """See :meth:`Observer.evaluated`."""
-
-    def flush(self) -> None:
-        """See :meth:`Observer.flush`."""
-
-    def close(self) -> None:
-        """See :meth:`Observer.close`."""
 
     def _begin(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)

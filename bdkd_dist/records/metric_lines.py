@@ -1,11 +1,12 @@
 """The run's numbers as JSON lines: only what the recipe determines, so equal runs have equal files byte for byte."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from bdkd_dist.engine.observer import EvalLog, StepLog
-from bdkd_dist.records.files import json_text
+from bdkd_dist.records.files import json_text, with_nan
 from bdkd_dist.records.growing_file import GrowingFile
 
 
@@ -57,6 +58,32 @@ class MetricLines:
         line = json_text(values)
         if line not in self._recorded:  # a run stopped in its final evaluation repeats that
             self._file.write(line)
+
+
+def validations(path: Path, last_epoch: int) -> list[dict[str, Any]]:
+    """Return the evaluations on the validation split that a run has recorded up to an epoch, oldest first.
+
+    Returns:
+        ``{"epoch", "step", "metrics"}`` each, metrics by ``network/metric``; none where there is no such file.
+    """
+    if not path.is_file():
+        return []
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return [
+        {"epoch": line["epoch"], "step": line["step"], "metrics": flat(with_nan(line["validation"]))}
+        for line in lines
+        if "validation" in line and line["epoch"] <= last_epoch
+    ]
+
+
+def flat(networks: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Return metrics by ``network/metric``, without the number of samples."""
+    return {
+        f"{network}/{name}": value
+        for network, metrics in networks.items()
+        for name, value in metrics.items()
+        if name != "count"
+    }
 
 
 def _forget_after(path: Path, step: int) -> set[bytes]:

@@ -8,7 +8,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from bdkd_dist.records.files import atomic_write, json_text
+from bdkd_dist.records.files import atomic_write, json_text, with_nan
 
 SPLITS = ("validation", "test")
 SCALINGS = {"T-scaled": "temperature_scaled", "V-scaled": "vector_scaled"}
@@ -30,7 +30,7 @@ def write_results(path: Path, results: dict[str, Any]) -> None:
 def read_results(path: Path) -> dict[str, Any]:
     """Return what :func:`write_results` wrote; a split's null comes back as nan."""
     results = json.loads(path.read_text())
-    return {key: _with_nan(value) if key in SPLITS else value for key, value in results.items()}
+    return {key: with_nan(value) if key in SPLITS else value for key, value in results.items()}
 
 
 def results_table(results: dict[str, Any], split: str = "test") -> Table:
@@ -67,11 +67,3 @@ def _cells(metrics: dict[str, float]) -> list[str]:
 
 def _number(value: float, decimals: int) -> str:
     return f"{value:.{decimals}f}" if math.isfinite(value) else "–"
-
-
-def _with_nan(tree: Any) -> Any:
-    if isinstance(tree, dict):
-        return {key: _with_nan(value) for key, value in tree.items()}
-    if isinstance(tree, list):
-        return [_with_nan(value) for value in tree]
-    return math.nan if tree is None else tree

@@ -271,7 +271,8 @@ def _values(page: Page, trials: Sequence[Trial], goal: Goal, drawn: Drawn) -> No
     if (slices := slice_figure(trials, goal)) is not None:
         page.figure(
             slices,
-            f"{goal.names[0]} on the validation split against each value; hollow points were stopped early.",
+            f"{goal.names[0]} on the validation split against each value; hollow points were stopped early, "
+            "triangles lie beyond the edge.",
             f"Scatter plots of {goal.names[0]} against each value that was tried.",
         )
     if drawn.parallel is not None:

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bdkd_dist.metrics.goals import Goal
+from bdkd_dist.records.printing import print_line
 from bdkd_dist.records.progress import duration
 from bdkd_dist.records.search_tables import (
     chosen,
@@ -172,4 +173,4 @@ class SearchProgress:
         return "  ".join([*parts, *filter(None, [trial.reason])])
 
     def _line(self, text: str) -> None:
-        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        print_line(self.console, text)

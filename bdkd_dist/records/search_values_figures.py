@@ -237,7 +237,7 @@ Places = tuple[list[float], list[tuple[float, str]]]
 
 def _value_places(order: Sequence[Trial], key: str) -> Places:
     scale = Scale.of([trial.values[key] for trial in order if key in trial.values])
-    width = 0.5 / len(scale.choices) if scale.choices else 0.0  # within a choice the better ones lie higher
+    width = 0.2 / len(scale.choices) if scale.choices else 0.0  # within a choice the better ones lie higher
     shifts = [width * (0.5 - rank / max(1, len(order) - 1)) for rank in range(len(order))]
     places = [
         scale.at(trial.values[key]) + shift if key in trial.values else math.nan
@@ -353,7 +353,7 @@ def _rank_label(rank: int, of: int) -> str:
 
 def _draw_slice(axes: "Axes", trials: Sequence[Trial], key: str, name: str) -> None:
     scale = Scale.of([trial.values[key] for trial in trials])
-    spread = 0.3 / len(scale.choices) if scale.choices else 0.0
+    spread = 0.12 / len(scale.choices) if scale.choices else 0.0
     for number, trial in enumerate(trials):
         # Points of one choice lie side by side, at places that have no meaning: multiples of the golden ratio.
         x = scale.at(trial.values[key]) + spread * (2 * (number * 0.618034 % 1) - 1)

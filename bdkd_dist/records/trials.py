@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
-from bdkd_dist.records.files import json_text
+from bdkd_dist.records.files import json_text, with_nan
 
 Status = Literal["running", "finished", "stopped", "failed"]
 
@@ -39,6 +39,8 @@ class Trial:
     reason: str = ""
     reports: list[Report] = field(default_factory=list)
     """In the order of their epochs."""
+    unused: dict[str, Any] = field(default_factory=dict)
+    """What the search chose for parameters that the trial's objective does not have: it counts them all the same."""
     taken: dict[str, int] | None = None
     """The trial's ``number`` whose state it took over last, and the ``epoch`` of that."""
     device_s: float = 0.0
@@ -70,5 +72,5 @@ class Trial:
         """Return the trial that :meth:`to_json` wrote; a metric's null comes back as nan."""
         tree = json.loads(content)
         for report in tree["reports"]:
-            report["metrics"] = {k: float("nan") if v is None else v for k, v in report["metrics"].items()}
+            report["metrics"] = with_nan(report["metrics"])
         return cls(**tree | {"reports": [Report(**report) for report in tree["reports"]]})

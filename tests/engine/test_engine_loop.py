@@ -9,7 +9,7 @@ from tiny_trainer import SAMPLES, Noise, Recorder, final_state, trainer
 
 from bdkd_dist.data.loader import Batch
 from bdkd_dist.engine.checkpoint import Checkpoints
-from bdkd_dist.engine.loop import Diverged, Interrupted
+from bdkd_dist.engine.endings import Diverged, Interrupted
 
 
 def test_an_epoch_is_every_sample_once_and_an_evaluation_too(tmp_path: Path) -> None:

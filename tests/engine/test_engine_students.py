@@ -10,7 +10,7 @@ from tiny_trainer import SAMPLES, Noise, Recorder, final_state, trainer
 
 from bdkd_dist import models
 from bdkd_dist.engine.checkpoint import Checkpoints, load_teacher
-from bdkd_dist.engine.loop import Interrupted
+from bdkd_dist.engine.endings import Interrupted
 from bdkd_dist.engine.pair import Pair
 from bdkd_dist.errors import UserError
 from bdkd_dist.objectives import BDKD

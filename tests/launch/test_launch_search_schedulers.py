@@ -73,11 +73,29 @@ def test_tpe_goes_on_with_the_trials_that_ran_and_then_with_new_numbers() -> Non
         "number": 1,
         "name": "0001",
         "values": {"objective.nu_forward": 2.0},
+        "unused": {},
         "taken": None,
         "resumed": True,
     }
     assert second["number"] == 4
     assert "resumed" not in second
+
+
+def test_what_was_suggested_in_vain_is_told_again_as_it_was() -> None:
+    from ray import tune
+
+    domains = {"objective.name": tune.choice(["bdkd", "dml"]), "objective.nu_forward": tune.uniform(0.5, 8)}
+    mixed = Plan(Space("space", domains, {}, ""), Goal.parse("nll"), "nll", "tpe", "none", 10, seed=0, epochs=EPOCHS)
+    searcher, _, _ = asked_for(mixed, [])
+    suggested = [searcher.suggest(str(number))["trial"] for number in range(8)]
+    without = next(trial for trial in suggested if trial["values"] == {"objective.name": "dml"})
+    assert 0.5 <= without["unused"]["objective.nu_forward"] <= 8
+    ended = Trial(0, "0000", without["values"], "finished", unused=without["unused"])
+    ended.reports.append(Report(EPOCHS, {"student/nll": 1.0}))
+    again, _, _ = asked_for(mixed, [ended])
+    (told,) = again._inner._ot_study.trials
+    assert told.params == {"objective.name": "dml"} | without["unused"]
+    assert told.value == 1.0
 
 
 def test_a_listed_search_goes_on_with_changed_values_and_what_was_taken_over() -> None:

@@ -90,10 +90,7 @@ class Suggested(Searcher):
         self.plan = plan
         domains = {key: value for key, value in plan.space.space.items() if isinstance(value, Domain)}
         self._constants = {key: value for key, value in plan.space.space.items() if key not in domains}
-        points = [
-            {key: trial.values.get(key, _any_of(domain)) for key, domain in domains.items()}
-            for trial in (*ended, *running)
-        ]
+        points = [{key: (trial.values | trial.unused)[key] for key in domains} for trial in (*ended, *running)]
         sampler = optuna.samplers.TPESampler(
             n_startup_trials=STARTUP_TRIALS,
             multivariate=True,
@@ -123,11 +120,16 @@ class Suggested(Searcher):
         suggested = self._inner.suggest(trial_id)
         if suggested is None:
             return None
-        chosen = {key: plain(value) for key, value in suggested.items()}
-        values = self.plan.space.fitting(self._constants | chosen)
+        chosen = self._constants | {key: plain(value) for key, value in suggested.items()}
+        values = self.plan.space.fitting(chosen)
         number = next(self._numbers)
-        going_on = _going_on(self._running[number]) if number in self._running else {}
-        return {"trial": {"number": number, "name": self.plan.name_of(number, values), "values": values} | going_on}
+        trial = {
+            "number": number,
+            "name": self.plan.name_of(number, values),
+            "values": values,
+            "unused": {key: value for key, value in chosen.items() if key not in values},
+        }
+        return {"trial": trial | (_going_on(self._running[number]) if number in self._running else {})}
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """See Ray's ``Searcher``; a trial that failed by itself ended without an error for Ray."""
@@ -265,11 +267,6 @@ def _numbers(ended: Sequence[Trial], running: Sequence[Trial]) -> Iterator[int]:
     while True:
         yield number
         number += 1
-
-
-def _any_of(domain: Any) -> Any:
-    """Return a value of a domain, for a parameter that a trial's objective does not have."""
-    return domain.categories[0] if isinstance(domain, Categorical) else domain.lower
 
 
 def plain(value: Any) -> Any:

@@ -31,12 +31,12 @@ class SearchFolder:
         say: Told one line when the storage refuses.
 
     Attributes:
-        dates: When the search ``began`` and when it last ``ended``.
+        notes: When the search ``began``, when it ``ended`` last, and the ``device`` that trials held, CPU or GPU.
     """
 
     def __init__(self, folder: RunFolder, say: Callable[[str], None]):
         self.folder, self._say = folder, say
-        self.dates: dict[str, str] = {}
+        self.notes: dict[str, str] = {}
 
     def __str__(self) -> str:
         return str(self.folder)
@@ -61,7 +61,7 @@ class SearchFolder:
         try:
             there = yaml.safe_load(content)
             recipe_there = config.from_dict(there.pop("recipe"))
-            self.dates = dict(there.get("dates", {}))
+            self.notes = dict(there.get("notes", {}))
         except (UserError, yaml.YAMLError, TypeError, AttributeError, KeyError) as error:
             raise UserError(f"{self}/{SEARCH} does not fit this version: {' '.join(str(error).split())}") from None
         for key, value in identity.items():
@@ -76,14 +76,19 @@ class SearchFolder:
                 f"{self} holds another search ({key} is {one} there, {other} here); choose another run.name"
             )
 
-    def describe(self, recipe: Recipe, identity: dict[str, Any], date: str) -> None:
-        """Write what the search is, and when ("began", "ended") it came to where it is.
+    def describe(self, recipe: Recipe, identity: dict[str, Any], device: str | None = None) -> None:
+        """Write what the search is, and what is noted of it; the beginning stays what it was when it goes on.
 
-        The beginning stays what it was when the search goes on.
+        Args:
+            recipe: The one that is varied.
+            identity: What else makes the search, by name.
+            device: What trials held, once they have ended.
         """
         now = f"{datetime.now():%Y-%m-%d %H:%M}"
-        self.dates = {"began": now, "ended": now} | self.dates | ({date: now} if date == "ended" else {})
-        tree = {**identity, "dates": self.dates, "recipe": recipe.to_dict()}
+        self.notes = {"began": now, "ended": now} | self.notes
+        if device is not None:
+            self.notes |= {"ended": now, "device": device}
+        tree = {**identity, "notes": self.notes, "recipe": recipe.to_dict()}
         self.write(SEARCH, yaml.safe_dump(tree, sort_keys=False, allow_unicode=True).encode())
 
     def trials(self) -> list[Trial]:

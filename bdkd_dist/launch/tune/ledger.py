@@ -10,6 +10,7 @@ from bdkd_dist.launch import cluster
 from bdkd_dist.launch.tune.algorithms import Plan
 from bdkd_dist.launch.tune.folder import SearchFolder
 from bdkd_dist.launch.tune.places import SearchCluster
+from bdkd_dist.records.progress import duration
 from bdkd_dist.records.search_progress import SearchProgress
 from bdkd_dist.records.trials import Report, Trial
 
@@ -17,11 +18,11 @@ SHOWN_EVERY_S = 0.5
 WAITING_SAID_EVERY_S = 30.0
 
 
-class OnSignal(Stopper):
-    """Stops the search once a signal came."""
+class OnWish(Stopper):
+    """Stops the search once somebody wants that."""
 
-    def __init__(self, pressed: Callable[[], bool]):
-        self._pressed = pressed
+    def __init__(self, wished: Callable[[], bool]):
+        self._wished = wished
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         """See Ray's ``Stopper``."""
@@ -29,14 +30,18 @@ class OnSignal(Stopper):
 
     def stop_all(self) -> bool:
         """See Ray's ``Stopper``."""
-        return self._pressed()
+        return self._wished()
 
     def __getstate__(self) -> dict[str, Any]:  # Ray notes it down; nothing is read from there
         return {}
 
 
 class Ledger(Callback):
-    """Keeps the record of every trial, and shows them."""
+    """Keeps the record of every trial, and shows them.
+
+    Attributes:
+        waited_in_vain: For what, once there was no room for any trial for ``launch.wait_timeout_s``.
+    """
 
     def __init__(
         self,
@@ -50,18 +55,23 @@ class Ledger(Callback):
     ):
         self.folder, self.plan, self.trials, self.there = folder, plan, trials, there
         self.progress, self.warn, self.pressed = progress, warn, pressed
+        self.waited_in_vain = ""
         self._shown_s = 0.0
         self._idle_since_s = self._waiting_said_s = time.monotonic()
 
     def __getstate__(self) -> dict[str, Any]:  # as above
         return {}
 
+    def ends(self) -> bool:
+        """Whether the search is to end before its trials have."""
+        return self.pressed() or bool(self.waited_in_vain)
+
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """See Ray's ``Callback``."""
         given = trial.config["trial"]
         number = given["number"]
         if number not in self.trials:
-            self.trials[number] = Trial(number, given["name"], given["values"])
+            self.trials[number] = _new(given)
             self.folder.record(self.trials[number])
 
     def on_trial_result(
@@ -85,7 +95,7 @@ class Ledger(Callback):
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """See Ray's ``Callback``."""
         record = self.trials.get(trial.config["trial"]["number"])
-        if record is not None and record.status == "running" and not self.pressed():
+        if record is not None and record.status == "running" and not self.ends():
             record.status = "stopped"
             self.folder.record(record)
             self._show(trials, at_once=True)
@@ -97,13 +107,11 @@ class Ledger(Callback):
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """See Ray's ``Callback``."""
         given = trial.config["trial"]
-        record = self.trials.setdefault(given["number"], Trial(given["number"], given["name"], given["values"]))
+        record = self.trials.setdefault(given["number"], _new(given))
         times = self.there.launch.max_failures
         last = str(trial.get_error() or "").strip().splitlines()[-1:]
-        record.status, record.reason = (
-            "failed",
-            ": ".join([f"given up after launch.max_failures={times} losses", *last]),
-        )
+        record.status = "failed"
+        record.reason = ": ".join([f"given up after launch.max_failures={times} losses", *last])
         self.folder.record(record)
         self._show(trials, at_once=True)
 
@@ -127,16 +135,24 @@ class Ledger(Callback):
         training = {trial.config["trial"]["number"] for trial in trials if trial.status == "RUNNING"}
         # Ray's word for a trial that has just ended comes a moment later.
         running = sum(record.status == "running" for number, record in self.trials.items() if number in training)
-        waiting = ""
+        waiting = self._waiting(now) if not running else ""
         if running:
             self._idle_since_s = now
-        elif now - self._idle_since_s > WAITING_SAID_EVERY_S:
-            claim = ", ".join(f"{amount:g} {name}" for name, amount in self.there.bundle.items())
-            waiting = (
-                f"waiting for {self.there.launch.min_workers} worker(s) of {claim} for "
-                f"{now - self._idle_since_s:.0f} s; {cluster.free(self.there.bundle)}"
-            )
-            if now - self._waiting_said_s > WAITING_SAID_EVERY_S:
-                self._waiting_said_s = now
-                self.warn(waiting)
         self.progress.update(sorted(self.trials.values(), key=lambda t: t.number), running, waiting)
+
+    def _waiting(self, now_s: float) -> str:
+        """Return what the search waits for, once that is worth a word; every half minute it is said in a line."""
+        waited_s, bundle, launch = now_s - self._idle_since_s, self.there.bundle, self.there.launch
+        if waited_s < WAITING_SAID_EVERY_S:
+            return ""
+        waiting = f"{cluster.wanted(launch, bundle)} since {duration(waited_s)}; {cluster.free(bundle)}"
+        if waited_s > launch.wait_timeout_s:
+            self.waited_in_vain = waiting
+        elif now_s - self._waiting_said_s > WAITING_SAID_EVERY_S:
+            self._waiting_said_s = now_s
+            self.warn(f"waiting for {waiting}")
+        return f"waiting for {waiting}"
+
+
+def _new(given: dict[str, Any]) -> Trial:
+    return Trial(given["number"], given["name"], given["values"], unused=given.get("unused", {}))

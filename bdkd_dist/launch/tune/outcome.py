@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import ray
@@ -11,6 +12,7 @@ from rich.table import Table
 
 from bdkd_dist.config import Recipe
 from bdkd_dist.engine.control import Control
+from bdkd_dist.errors import UserError
 from bdkd_dist.launch.programs import beside
 from bdkd_dist.launch.run_folder import RunFolder
 from bdkd_dist.launch.tune.algorithms import Plan
@@ -51,9 +53,9 @@ class Found:
             f"{best.number:04d}: {self.plan.goal.said(best.metrics)}"
         )
 
-    @property
+    @cached_property
     def tested(self) -> list[Trial]:
-        """The trials that were evaluated on the test split."""
+        """The trials that were evaluated on the test split; asked for after that was done."""
         return [trial for trial in self.trials if self.folder.run(trial).finished]
 
     def table(self) -> Table:
@@ -85,7 +87,7 @@ class Found:
         yield f"report               {self.folder.folder.name(self.folder.folder.path / PAGE)}"
         yield f"curves               {beside('tensorboard')} --logdir {self.folder.folder / TRIALS}"
 
-    def write(self, command: str, device: str) -> None:
+    def write(self, command: str) -> None:
         """Write the report of the search as it stands into its folder."""
         folder = self.folder.folder
         folder.fetch(*(f"{TRIALS}/{trial.name}/{name}" for trial in self.tested for name in NEEDED))
@@ -100,27 +102,31 @@ class Found:
             num_trials=plan.num_trials,
             seed=plan.seed,
             command=command,
-            **self.folder.dates,
-            device=device,
+            **self.folder.notes,
         )
         written = write_report(folder.path, summary, self.trials, plan.goal, self.recipe)
         folder.push(*written)
 
 
-def test_trials(
+def evaluate_on_test(
     folder: SearchFolder, trials: Sequence[Trial], there: SearchCluster, warn: Callable[[str], None]
 ) -> None:
-    """Evaluate trials on the test split, which no choice has seen."""
-    resources = {"num_cpus": there.launch.cpus_per_worker}
-    if there.cuda:
-        resources["num_gpus"] = there.launch.gpus_per_worker
-    task = ray.remote(_test_one).options(**resources)
-    for lines in ray.get([task.remote(folder.run(trial).where, there.cuda) for trial in trials]):
+    """Evaluate trials on the test split, which no choice has seen, and write their results.
+
+    Raises:
+        UserError: A trial's checkpoints or its data are not readable.
+    """
+    task = ray.remote(_evaluate_one).options(**there.options)
+    try:
+        evaluated = ray.get([task.remote(folder.run(trial).where, there.cuda) for trial in trials])
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause if isinstance(error.cause, UserError) else error from None
+    for lines in evaluated:
         for line in lines:
             warn(line)
 
 
-def _test_one(where: str, cuda: bool) -> list[str]:
+def _evaluate_one(where: str, cuda: bool) -> list[str]:
     folder, said = RunFolder(where), list[str]()
     recipe = folder.read_recipe()
     recipe = recipe.model_copy(update={"launch": recipe.launch.model_copy(update={"workers": 1})})

@@ -52,6 +52,11 @@ class SearchCluster:
         return {"CPU": self.launch.cpus_per_worker} | ({"GPU": self.launch.gpus_per_worker} if self.cuda else {})
 
     @property
+    def options(self) -> dict[str, float]:
+        """The same, as Ray's tasks and actors take it."""
+        return {f"num_{name.lower()}s": amount for name, amount in self.bundle.items()}
+
+    @property
     def devices(self) -> float:
         """How many devices a trial holds."""
         each = self.launch.gpus_per_worker if self.cuda else self.launch.cpus_per_worker

@@ -144,9 +144,9 @@ class Ranks:
         group = ray.util.get_current_placement_group()
         for bundle in range(1, self.world):
             strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle)
-            options = {"num_cpus": self.launch.cpus_per_worker, "scheduling_strategy": strategy}
-            gpus = {"num_gpus": self.launch.gpus_per_worker} if self.cuda else {}
-            self._actors.append(ray.remote(Rank).options(**options, **gpus).remote(self.cuda))
+            gpus = self.launch.gpus_per_worker if self.cuda else 0
+            options = {"num_cpus": self.launch.cpus_per_worker, "num_gpus": gpus, "scheduling_strategy": strategy}
+            self._actors.append(ray.remote(Rank).options(**options).remote(self.cuda))
 
 
 def join(store: dist.TCPStore, rank: int, world: int, device: torch.device) -> None:

@@ -25,12 +25,14 @@ from bdkd_dist.launch.run import check_fits, prepared
 from bdkd_dist.launch.run_folder import RunFolder
 from bdkd_dist.launch.tune.algorithms import LISTED, SCHEDULERS, SEARCHES, Plan, asked_for, listed, scheduler_of
 from bdkd_dist.launch.tune.folder import SearchFolder
-from bdkd_dist.launch.tune.ledger import Ledger, OnSignal
-from bdkd_dist.launch.tune.outcome import Found, test_trials
+from bdkd_dist.launch.tune.ledger import Ledger, OnWish
+from bdkd_dist.launch.tune.outcome import Found, evaluate_on_test
 from bdkd_dist.launch.tune.places import SearchCluster
 from bdkd_dist.launch.tune.space import load_space
 from bdkd_dist.launch.tune.trial import TrialProcess
+from bdkd_dist.launch.vigil import WorkersLost
 from bdkd_dist.metrics.goals import Goal
+from bdkd_dist.records.printing import warner
 from bdkd_dist.records.search_progress import SearchProgress
 from bdkd_dist.records.search_tables import chosen
 from bdkd_dist.records.trials import Trial
@@ -73,9 +75,10 @@ def search(space_path: str, recipe: Recipe, asked: Asked, console: Console, addr
     Raises:
         UserError: Something that the user can mend.
         SearchInterrupted: Ctrl-C; what was found is kept.
+        WorkersLost: There was no room for a trial for ``launch.wait_timeout_s``; what was found is kept.
     """
     plan, test = _planned(space_path, recipe, asked)
-    warn = lambda line: console.print(line, style="yellow", highlight=False, markup=False, soft_wrap=True)  # noqa: E731
+    warn = warner(console)
     run = RunFolder.of(recipe)
     folder = SearchFolder(run, warn)
     first = listed(plan)[0]["values"] if plan.search in LISTED else plan.space.draws(1, plan.seed)[0]
@@ -93,7 +96,7 @@ def search(space_path: str, recipe: Recipe, asked: Asked, console: Console, addr
         }
         folder.check_owner(recipe, identity)
         trials = {trial.number: trial for trial in folder.trials()}
-        folder.describe(recipe, identity, "began")
+        folder.describe(recipe, identity)
         left = plan.num_trials - sum(trial.status != "running" for trial in trials.values())
         if left < 0:
             warn(f"--num-trials {plan.num_trials}: {folder} holds {plan.num_trials - left} already")
@@ -106,15 +109,15 @@ def search(space_path: str, recipe: Recipe, asked: Asked, console: Console, addr
             if left > 0:
                 there.connect()
                 _run_trials(folder, plan, recipe, trials, there, console, warn)
-                folder.describe(recipe, identity, "ended")
+                folder.describe(recipe, identity, "GPU" if there.cuda else "CPU")
             ordered = [trials[number] for number in sorted(trials)]
             found = Found(folder, plan, recipe, ordered, chosen(ordered, plan.goal))
             wanted = found.chosen if test == "best" else [trial for trial in ordered if trial.status == "finished"]
             if untested := [trial for trial in wanted if not folder.run(trial).finished]:
                 console.print(f"evaluating {len(untested)} trial(s) on the test split", highlight=False)
                 there.connect()
-                test_trials(folder, untested, there, warn)
-            found.write(shlex.join(["bdkd", *sys.argv[1:]]), "GPU" if there.cuda else "CPU")
+                evaluate_on_test(folder, untested, there, warn)
+            found.write(shlex.join(["bdkd", *sys.argv[1:]]))
     return found
 
 
@@ -209,7 +212,7 @@ def _run_trials(
             ),
             run_config=tune.RunConfig(
                 **notes,
-                stop=OnSignal(pressed),
+                stop=OnWish(ledger.ends),
                 callbacks=[ledger],
                 failure_config=tune.FailureConfig(max_failures=recipe.launch.max_failures),
                 checkpoint_config=tune.CheckpointConfig(num_to_keep=STATES_KEPT),
@@ -223,6 +226,11 @@ def _run_trials(
         finally:
             progress.close()
         done = sum(trial.status != "running" for trial in trials.values())
+        if ledger.waited_in_vain:
+            raise WorkersLost(
+                f"launch.wait_timeout_s={recipe.launch.wait_timeout_s:g}: gave up waiting for {ledger.waited_in_vain}; "
+                "the state is kept, the same command goes on"
+            )
         if pressed() and done < plan.num_trials:
             raise SearchInterrupted(f"stopped with {done} of {plan.num_trials} trials done")
 

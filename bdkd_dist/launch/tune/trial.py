@@ -24,8 +24,9 @@ from bdkd_dist.config import Recipe
 from bdkd_dist.data.loader import DataError
 from bdkd_dist.engine.checkpoint import Checkpoints, loads
 from bdkd_dist.engine.control import Control
-from bdkd_dist.engine.loop import Diverged, Trainer
-from bdkd_dist.engine.observer import EvalLog, Observer, StepLog
+from bdkd_dist.engine.endings import Diverged
+from bdkd_dist.engine.loop import Trainer
+from bdkd_dist.engine.observer import EvalLog, Observer
 from bdkd_dist.engine.patience import patiently
 from bdkd_dist.errors import UserError, first_line
 from bdkd_dist.launch.lease import Superseded
@@ -39,7 +40,7 @@ from bdkd_dist.metrics.goals import Goal
 from bdkd_dist.records.environment import write_environment
 from bdkd_dist.records.files import atomic_write, json_text
 from bdkd_dist.records.hparams import HParams
-from bdkd_dist.records.metric_lines import MetricLines
+from bdkd_dist.records.metric_lines import MetricLines, flat, validations
 from bdkd_dist.records.tensorboard import TensorBoardObserver
 from bdkd_dist.records.trials import Trial
 
@@ -47,28 +48,16 @@ CHECKPOINT = "checkpoint.pt"
 SHOWN_METRICS = ("top1", "ece", "nll")
 
 
-class Evaluated:
+class Evaluated(Observer):
     """Keeps the last evaluation that the loop told of."""
 
     def __init__(self) -> None:
         self.epoch, self.step, self.metrics = -1, -1, dict[str, float]()
 
-    def start(self, step: int, total_steps: int) -> None:
-        """See :meth:`Observer.start`."""
-
-    def stepped(self, log: StepLog) -> None:
-        """See :meth:`Observer.stepped`."""
-
     def evaluated(self, log: EvalLog) -> None:
         """See :meth:`Observer.evaluated`."""
         self.epoch, self.step = log.epoch, log.step
         self.metrics = flat({name: diagnosis.metrics for name, diagnosis in log.networks.items()})
-
-    def flush(self) -> None:
-        """See :meth:`Observer.flush`."""
-
-    def close(self) -> None:
-        """See :meth:`Observer.close`."""
 
 
 class TrialProcess(Trainable):
@@ -261,35 +250,6 @@ def result_of(goal: Goal, metrics: Mapping[str, float]) -> dict[str, float]:
 def config_of(recipe: dict[str, Any]) -> Recipe:
     """Return the recipe; ``config`` is a name that Ray's interface takes."""
     return config.from_dict(recipe)
-
-
-def flat(networks: dict[str, dict[str, float]]) -> dict[str, float]:
-    """Return metrics by ``network/metric``, without the number of samples."""
-    return {
-        f"{network}/{name}": value
-        for network, metrics in networks.items()
-        for name, value in metrics.items()
-        if name != "count"
-    }
-
-
-def validations(path: Path, last_epoch: int) -> list[dict[str, Any]]:
-    """Return the evaluations on the validation split that a run has recorded up to an epoch."""
-    if not path.is_file():
-        return []
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    return [
-        {"epoch": line["epoch"], "step": line["step"], "metrics": flat(_with_nan(line["validation"]))}
-        for line in lines
-        if "validation" in line and line["epoch"] <= last_epoch
-    ]
-
-
-def _with_nan(networks: dict[str, dict[str, float | None]]) -> dict[str, dict[str, float]]:
-    return {
-        network: {name: float("nan") if value is None else value for name, value in metrics.items()}
-        for network, metrics in networks.items()
-    }
 
 
 def take_over(folder: RunFolder, content: bytes, mark: dict[str, Any], say: Callable[[str], None]) -> None:
