@@ -39,6 +39,10 @@ from bdkd_dist.launch import ray_train, vigil
 
 ray_train.RESIZE_EVERY_S = 5
 vigil.SAY_EVERY_S = 5
+if sys.argv[1] == "tune":
+    from bdkd_dist.launch.tune import ledger
+
+    ledger.WAITING_SAID_EVERY_S = 5
 from bdkd_dist.cli import main
 
 main()
@@ -118,8 +122,9 @@ def assert_each_sample_once_an_epoch(record: Record, epochs: int, steps: int) ->
         assert set(of_epoch.values()) == {1}
 
 
-# One epoch without a checkpoint: growing makes one.
-GENTLE = ("optimizer.lr=0.0001", "objective.gate=soft", "train.epochs=1", "train.checkpoint_every_steps=null")
+# One epoch without a checkpoint: growing makes one. Two workers add up in another order than one, and training makes
+# such differences grow; with a rate like this by hardly anything over the steps of the test.
+GENTLE = ("optimizer.lr=0.00001", "objective.gate=soft", "train.epochs=1", "train.checkpoint_every_steps=null")
 STEPS = 100
 SIZE = (f"data.train_limit={8 * STEPS}", "train.batch_size=8")
 
@@ -147,7 +152,7 @@ def test_a_run_between_one_and_two_workers_takes_a_node_that_joins_and_trains_ev
     ours, expected = final_state(tmp_path / "run"), final_state(tmp_path / "one")
     for name, network in expected["networks"].items():
         for key, value in network.items():
-            torch.testing.assert_close(ours["networks"][name][key], value, rtol=1e-2, atol=1e-3)
+            torch.testing.assert_close(ours["networks"][name][key], value, rtol=1e-3, atol=1e-4)
 
 
 def test_a_node_that_dies_is_waited_for_and_its_place_taken_without_a_bit_lost(

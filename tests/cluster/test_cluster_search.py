@@ -93,16 +93,16 @@ def test_more_trials_than_fit_each_of_two_workers_and_stopped_early_leave_the_cl
 def test_a_search_without_room_says_what_it_waits_for_and_gives_up(
     ray_head: RayHead, cache: Path, tmp_path: Path
 ) -> None:
-    arguments = search(cache, tmp_path, searches.grid(lr=[0.05]), "launch.wait_timeout_s=40")
+    arguments = search(cache, tmp_path, searches.grid(lr=[0.05]), "launch.wait_timeout_s=12")
     driver = Driver(ray_head, arguments, tmp_path / "driver.log")
     try:
         said = driver.ends(status=1)
     finally:
         if driver.process.poll() is None:
             os.killpg(driver.process.pid, signal.SIGKILL)
-    assert "\nwaiting for 1 worker(s) of 1 CPU each since 30 s; 0 of 0 CPU free on 1 node(s)" in said
+    assert "\nwaiting for 1 worker(s) of 1 CPU each since 5 s; 0 of 0 CPU free on 1 node(s)" in said
     last = said.strip().splitlines()[-1]
-    assert last.startswith("launch.wait_timeout_s=40: gave up waiting for 1 worker(s) of 1 CPU each since 4")
+    assert last.startswith("launch.wait_timeout_s=12: gave up waiting for 1 worker(s) of 1 CPU each since 1")
     assert "the same command goes on" in last
     assert [trial["status"] for trial in records(tmp_path / "search")] == []
 

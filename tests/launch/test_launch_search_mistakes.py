@@ -5,6 +5,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import searches
 from rich.console import Console
@@ -15,7 +16,9 @@ from bdkd_dist.launch import jobs
 from bdkd_dist.launch.run_folder import RunFolder
 from bdkd_dist.launch.tune import search
 from bdkd_dist.launch.tune.folder import SearchFolder
+from bdkd_dist.launch.tune.outcome import Found
 from bdkd_dist.launch.tune.search import Asked
+from bdkd_dist.records.trials import Report, Trial
 
 PBT = searches.RANGES + "DEFAULTS = {'scheduler': 'pbt'}\n"
 MIXED = """
@@ -153,3 +156,44 @@ def test_a_shipped_spaces_name_leads_to_its_file(monkeypatch: pytest.MonkeyPatch
     monkeypatch.chdir(Path(__file__).parents[2])
     with pytest.raises(UserError, match=r"did you mean 'tune_spaces/objectives\.py'"):
         search._planned("objectives", config.load("digits"), Asked())
+
+
+def found(tmp_path: Path, *trials: Trial, subject_to: tuple[str, ...] = ()) -> Found:
+    """A search that ended with these trials."""
+    (tmp_path / "space.py").write_text(searches.RANGES)
+    recipe = config.load("digits", [*searches.TINY, f"run.storage={tmp_path}", "run.name=search"])
+    plan, _ = search._planned(str(tmp_path / "space.py"), recipe, Asked(goal="accuracy", subject_to=subject_to))
+    folder = SearchFolder(RunFolder.of(recipe), print)
+    for trial in trials:
+        folder.record(trial)
+    folder.describe(recipe, {}, device="CPU")
+    return Found(folder, plan, recipe, list(trials), [])
+
+
+def test_a_search_in_which_nothing_finished_says_so_and_leaves_its_table(tmp_path: Path) -> None:
+    stopped = Trial(0, "0000", {"objective.nu_forward": 1.0}, "stopped", reports=[Report(1, {"student/top1": 0.2})])
+    failed = Trial(1, "0001", {"objective.nu_forward": 2.0}, "failed", reason="the loss is not finite at step 3")
+    nothing = found(tmp_path, stopped, failed)
+    assert nothing.lacking() == (
+        f"none of the 2 trials in {tmp_path}/search came to its end; trial 0001: the loss is not finite at step 3"
+    )
+    nothing.write("bdkd tune")
+    assert pq.read_table(tmp_path / "search/trials.parquet")["status"].to_pylist() == ["stopped", "failed"]
+    assert not (tmp_path / "search/best.yaml").exists()
+    assert [row.count("0000") for row in map(str, nothing.lines())] == [0, 0]
+
+
+def test_a_search_without_a_trial_that_meets_the_bound_names_the_nearest(tmp_path: Path) -> None:
+    trials = [
+        Trial(
+            number,
+            f"{number:04d}",
+            {"objective.nu_forward": 1.0 + number},
+            "finished",
+            reports=[Report(3, {"student/top1": top1, "student/ece": ece})],
+        )
+        for number, (top1, ece) in enumerate([(0.9, 0.2), (0.5, 0.03), (0.8, 0.1)])
+    ]
+    line = found(tmp_path, *trials, subject_to=("ece<=0.02",)).lacking()
+    assert line.startswith("no finished trial meets student/ece<=0.02; the nearest is trial 0001: ")
+    assert "student/ece 3 % (asked: <= 2 %)" in line
