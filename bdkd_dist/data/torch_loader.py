@@ -4,6 +4,8 @@ import io
 import multiprocessing
 import signal
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from typing import Any
 
 import numpy as np
@@ -103,7 +105,9 @@ class TorchLoader(Loader):
         if self._loader is None:
             self._loader = self._start()
         try:
-            for loaded in self._loader:
+            with _sigint_blocked():
+                iteration = iter(self._loader)  # the first one starts the workers
+            for loaded in iteration:
                 if isinstance(loaded, DataError):
                     raise loaded
                 yield Batch(*loaded)
@@ -129,7 +133,6 @@ class TorchLoader(Loader):
             sampler=self._tasks,
             batch_size=None,  # a task is a whole batch
             collate_fn=_as_it_is,
-            worker_init_fn=_leave_sigint_to_the_parent,
             num_workers=self._processes,
             persistent_workers=self._processes > 0,
             multiprocessing_context=context,
@@ -138,9 +141,19 @@ class TorchLoader(Loader):
         )
 
 
-def _leave_sigint_to_the_parent(worker: int) -> None:
-    """A terminal sends Ctrl-C to all its processes; the training process finishes its step and needs its workers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+@contextmanager
+def _sigint_blocked() -> Iterator[None]:
+    """Block Ctrl-C for the processes that start meanwhile, for good: they inherit the mask of this thread.
+
+    A terminal sends Ctrl-C to all its processes; the training process finishes its step and needs its workers. One
+    that ignored the signal by its own code would die of a Ctrl-C that comes while it starts.
+    """
+    resource_tracker.ensure_running()  # it starts before the fork server, and would unblock the signal
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _as_it_is(loaded: Any) -> Any:

@@ -5,6 +5,7 @@ import logging
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -150,6 +151,54 @@ def test_a_killed_process_reaches_the_caller(jpegs: Path) -> None:
         list(reading)
     assert len(list(loader.batches(0, order()))) == len(order())
     loader.close()
+
+
+CTRL_C_AT_EVERY_MOMENT = """
+import os, signal, sys, threading, time
+from pathlib import Path
+
+from bdkd_dist.data.beton import Beton
+from bdkd_dist.data.loader import open_loader
+from loader_samples import make, order
+
+
+def descendants(pid):
+    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+        yield int(child)
+        yield from descendants(child)
+
+
+def press():
+    while True:
+        try:
+            for pid in descendants(os.getpid()):
+                os.kill(pid, signal.SIGINT)
+                pressed.add(pid)
+        except OSError:  # it ended since
+            pass
+        time.sleep(0.002)
+
+
+if __name__ == "__main__":
+    pressed = set()
+    loader = open_loader("torch", Beton(Path(sys.argv[1])), make("resized", 48), 2)
+    threading.Thread(target=press, daemon=True).start()
+    batches = sum(1 for epoch in range(2) for _ in loader.batches(epoch, order()))
+    print(batches, len(pressed) >= 4, signal.pthread_sigmask(signal.SIG_BLOCK, []))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_ctrl_c_does_not_reach_the_processes_even_while_they_start(jpegs: Path, tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(CTRL_C_AT_EVERY_MOMENT)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    done = subprocess.run(
+        [sys.executable, script, jpegs], env=environment, capture_output=True, text=True, timeout=100, check=False
+    )
+    # At least the resource tracker, the fork server and both workers were pressed; the parent's mask is as before.
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{2 * len(order())} True set()\n", "")
 
 
 def test_auto_takes_the_native_loader_where_it_loads(jpegs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
