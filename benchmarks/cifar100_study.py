@@ -1,0 +1,165 @@
+"""BD-KD beside its rivals on CIFAR-100 at equal budget, three seeds: accuracy and calibration after the last epoch.
+
+    .venv/bin/python benchmarks/cifar100_study.py --cifar100 FOLDER                  # ten classes, for a CPU
+    .venv/bin/python benchmarks/cifar100_study.py --cifar100 FOLDER --scale full     # 240 epochs, for a GPU
+
+1. `bdkd tune tune_spaces/bdkd_weighting.py` looks for BD-KD's best weighting on the validation split (without Ray,
+   `--weighting FILE` takes the best.yaml of an earlier search);
+2. `bdkd train` trains every method with every seed; kd learns from the teacher of ce's run of its seed;
+3. `bdkd compare` lays them side by side, and the table is printed.
+
+What is finished is not repeated: cut off, or after `--minutes`, the same command goes on. The text printed belongs into
+benchmarks/results/, from where benchmarks/tables.py puts it into the README.
+"""
+
+import argparse
+import dataclasses
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import yaml
+from machine import header
+from study import OutOfTimeError, Run, bdkd, row, table, train_all, write_subset
+
+SEEDS = (0, 1, 2)
+METHODS = ("ce", "kd", "dml", "kdcl", "switokd", "jeffreys", "bdkd")
+TUNED = "bdkd tuned"
+SPACE = Path(__file__).parent.parent / "tune_spaces/bdkd_weighting.py"
+PUBLISHED = "ours are last-epoch; published figures are often of the best epoch on the test split"
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """How much is trained."""
+
+    title: str
+    pairs: tuple[str, ...]
+    """Recipes."""
+    settings: tuple[str, ...]
+    num_trials: int
+    side_by_side: int
+    classes: int = 100
+    anchors: dict[str, str] = dataclasses.field(default_factory=dict)
+    """By pair, what others published."""
+
+
+SMALL_EPOCHS = 12
+SCALES = {
+    "small": Scale(
+        "the first ten classes of CIFAR-100 (4,500 training, 500 validation, 1,000 test images), resnet20 → resnet8, "
+        f"{SMALL_EPOCHS} epochs",
+        ("cifar100_r56_r20",),
+        (
+            *("data.dataset=files", "data.num_classes=10", "models.teacher=resnet20", "models.student=resnet8"),
+            *(f"train.epochs={SMALL_EPOCHS}", "schedule.milestones=[8,10,11]", "train.evaluate_every_epochs=4"),
+            "data.threads=1",
+        ),
+        num_trials=16,
+        side_by_side=2,
+        classes=10,
+    ),
+    "full": Scale(
+        "CIFAR-100 (45,000 training, 5,000 validation, 10,000 test images), 240 epochs",
+        ("cifar100_r32x4_r8x4", "cifar100_r56_r20"),
+        (
+            *("data.loader=resident", "train.precision=bf16", "train.compile=true"),
+            *("train.evaluate_every_epochs=20", "train.log_every_steps=100"),
+        ),
+        num_trials=24,
+        side_by_side=1,
+        # CRD's and mdistiller's tables and SHAKE's paper.
+        anchors={
+            "cifar100_r32x4_r8x4": "student alone 72.50, KD 73.33, DML 74.30, SHAKE 77.95 (teacher 79.42)",
+            "cifar100_r56_r20": "student alone 69.06, KD 70.66 (teacher 72.34)",
+        },
+    ),
+}
+
+
+def main() -> None:
+    arguments = parse()
+    end = None if arguments.minutes is None else time.monotonic() + 60 * arguments.minutes
+    scale = SCALES[arguments.scale]
+    out = arguments.out.absolute() / arguments.scale
+    data = arguments.cifar100.absolute()
+    if scale.classes < 100:
+        write_subset(data, out / "data", scale.classes)
+        data = out / "data"
+    reports = [header(f".venv/bin/python benchmarks/cifar100_study.py --cifar100 FOLDER --scale {arguments.scale}")]
+    for pair in arguments.pairs or scale.pairs:
+        common = [pair, *scale.settings, f"data.root={data}"]
+        try:
+            weighting = arguments.weighting or search(out / pair, common, scale)
+            train_all(out / pair, runs(out / pair, common, weighting), scale.side_by_side, end)
+        except OutOfTimeError:
+            raise SystemExit("the time is over; the same command goes on") from None
+        reports.append(report(out / pair, pair, scale, weighting))
+    print("\n".join(reports))
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cifar100", type=Path, required=True, help="folder of CIFAR-100's Parquet shards")
+    parser.add_argument("--scale", choices=SCALES, default="small")
+    parser.add_argument("--pairs", nargs="*", help="recipes, in place of the scale's own")
+    parser.add_argument("--weighting", type=Path, help="best.yaml of a search of the weighting")
+    parser.add_argument("--minutes", type=float, help="stop after so long, with checkpoints")
+    parser.add_argument("--out", type=Path, default=Path("runs/cifar100_study"))
+    return parser.parse_args()
+
+
+def search(out: Path, common: list[str], scale: Scale) -> Path:
+    """Find BD-KD's weighting on validation images, and return the recipe that holds it."""
+    best = out / "weighting/best.yaml"
+    if not best.is_file():
+        settings = [*common, "train.evaluate_every_epochs=1", f"run.storage={out}", "run.name=weighting"]
+        options = ["--num-trials", str(scale.num_trials), "--goal", "nll"]
+        subprocess.run(bdkd("tune", str(SPACE), *settings, *options), check=True, stdout=sys.stderr)
+    return best
+
+
+def runs(out: Path, common: list[str], weighting: Path) -> list[Run]:
+    """Return all trainings, seed by seed, so that a study that is cut has whole seeds; ce's come before kd's."""
+    found = []
+    for seed in SEEDS:
+        for method in (*METHODS, TUNED):
+            arguments = [*common, f"train.seed={seed}", f"objective.name={method.split()[0]}"]
+            teacher = name_of("ce", seed) if method == "kd" else None
+            if teacher:
+                arguments.append(f"models.teacher_checkpoint={out / teacher}")
+            if method == TUNED:
+                arguments += parameters(weighting)
+            found.append(Run(name_of(method, seed), tuple(arguments), after=teacher))
+    return found
+
+
+def name_of(method: str, seed: int) -> str:
+    return f"{method.replace(' ', '_')}-{seed}"
+
+
+def parameters(weighting: Path) -> list[str]:
+    """Return the objective's parameters in a recipe as overrides."""
+    objective = yaml.safe_load(weighting.read_text())["objective"]
+    return [f"objective.{key}={value}" for key, value in objective.items() if key != "name"]
+
+
+def report(out: Path, pair: str, scale: Scale, weighting: Path) -> str:
+    """Compare the runs, and return the table with what it needs to be read."""
+    folders = [str(out / name_of(method, seed)) for method in (*METHODS, TUNED) for seed in SEEDS]
+    subprocess.run(bdkd("compare", *folders, "--out", str(out / "comparison")), check=True, stdout=subprocess.DEVNULL)
+    rows = [row(out, f"`{method}`", [name_of(method, seed) for seed in SEEDS]) for method in (*METHODS, TUNED)]
+    found = ", ".join(argument.removeprefix("objective.") for argument in parameters(weighting))
+    lines = [
+        f"\n**{pair}**: {scale.title}; test split, {len(SEEDS)} seeds, mean ± standard deviation:\n",
+        table(rows),
+        f"\n`{TUNED}` is the best of {scale.num_trials} trials by validation NLL: {found}.",
+    ]
+    if pair in scale.anchors:
+        lines.append(f"Published top-1 %: {scale.anchors[pair]}; {PUBLISHED}.")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

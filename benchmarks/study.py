@@ -1,0 +1,135 @@
+"""What studies share: trainings that are `bdkd train` commands, side by side, and the tables of what came out.
+
+A run that is finished is not repeated and one that was cut goes on, so a study's command may be typed again anywhere.
+"""
+
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+COLUMNS = ("top-1 %", "ECE %", "ECE % T-scaled", "NLL", "NLL T-scaled", "teacher top-1 %")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training in the folder ``out/name``."""
+
+    name: str
+    arguments: tuple[str, ...]
+    """Of `bdkd train`."""
+    after: str | None = None
+    """The run that must be finished before."""
+
+
+class OutOfTimeError(Exception):
+    """The time is over; the runs that were going on have checkpoints."""
+
+
+def bdkd(*arguments: str) -> list[str]:
+    """Return a command line."""
+    return [sys.executable, "-m", "bdkd_dist", *arguments]
+
+
+def train_all(out: Path, runs: Iterable[Run], side_by_side: int, end: float | None = None) -> None:
+    """Train what is not finished yet, so many at a time; on a CPU with one thread each.
+
+    Args:
+        out: Folder of the runs.
+        runs: To train, in this order.
+        side_by_side: How many at a time: small networks gain nothing from more threads.
+        end: When to stop, by :func:`time.monotonic`.
+
+    Raises:
+        OutOfTimeError: The end came first.
+        SystemExit: A run failed; the others were stopped with checkpoints.
+    """
+    waiting = [run for run in runs if not finished(out, run.name)]
+    going: dict[str, subprocess.Popen[str]] = {}
+    try:
+        while waiting or going:
+            for run in [run for run in waiting if run.after is None or finished(out, run.after)]:
+                if len(going) < side_by_side:
+                    waiting.remove(run)
+                    going[run.name] = _start(out, run)
+            time.sleep(0.2)
+            for name, process in list(going.items()):
+                if process.poll() is None:
+                    continue
+                del going[name]
+                if not finished(out, name):
+                    raise SystemExit(f"{name} failed:\n{(out / f'{name}.log').read_text()[-2000:]}")
+                print(f"{name} done, {len(waiting) + len(going)} to go", file=sys.stderr, flush=True)
+            if end is not None and time.monotonic() > end and (waiting or going):
+                raise OutOfTimeError
+    finally:
+        for process in going.values():
+            process.send_signal(signal.SIGTERM)  # finishes the step and keeps a checkpoint
+        for process in going.values():
+            process.wait()
+
+
+def _start(out: Path, run: Run) -> "subprocess.Popen[str]":
+    out.mkdir(parents=True, exist_ok=True)
+    command = bdkd("train", *run.arguments, f"run.storage={out}", f"run.name={run.name}")
+    with (out / f"{run.name}.log").open("w") as log:
+        return subprocess.Popen(
+            command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=log, stderr=subprocess.STDOUT, text=True
+        )
+
+
+def finished(out: Path, name: str) -> bool:
+    """Whether a run has come to its end."""
+    return (out / name / "results.json").is_file()
+
+
+def row(out: Path, title: str, names: Sequence[str]) -> str:
+    """Return a line of a table: the test split of runs that differ in seed, mean ± standard deviation."""
+    tests = [json.loads((out / name / "results.json").read_text())["test"] for name in names]
+    student = [test["student"] for test in tests]
+    raw, scaled = [s["raw"] for s in student], [s["temperature_scaled"] for s in student]
+    cells = [
+        spread([100 * s["top1"] for s in raw], 2),
+        spread([100 * s["ece"] for s in raw], 2),
+        spread([100 * s["ece"] for s in scaled], 2),
+        spread([s["nll"] for s in raw], 3),
+        spread([s["nll"] for s in scaled], 3),
+        spread([100 * test["teacher"]["raw"]["top1"] for test in tests], 2),
+    ]
+    return f"| {title} | {' | '.join(cells)} |"
+
+
+def table(rows: Sequence[str]) -> str:
+    """Return the rows under the columns' names."""
+    return "\n".join([f"| student's | {' | '.join(COLUMNS)} |", f"|{'---|' * (len(COLUMNS) + 1)}", *rows])
+
+
+def spread(values: Sequence[float], decimals: int) -> str:
+    """Return mean ± standard deviation (n − 1); of one value, itself."""
+    mean = f"{statistics.mean(values):.{decimals}f}"
+    return f"{mean} ± {statistics.stdev(values):.{decimals}f}" if len(values) > 1 else mean
+
+
+def write_subset(source: Path, target: Path, classes: int) -> None:
+    """Keep CIFAR-100's images of the first classes, in the source's order and layout."""
+    for split in ("train", "test"):
+        path = target / f"{split}-00000-of-00001.parquet"
+        if path.is_file():
+            continue
+        target.mkdir(parents=True, exist_ok=True)
+        whole = pa.concat_tables([pq.read_table(shard) for shard in sorted(source.glob(f"{split}-*.parquet"))])
+        names: list[Any] = json.loads(whole.schema.metadata[b"class_names"])[:classes]
+        kept = whole.filter(pc.less(whole["label"], classes))
+        pq.write_table(kept.replace_schema_metadata({"class_names": json.dumps(names)}), path.with_suffix(".partial"))
+        path.with_suffix(".partial").rename(path)
