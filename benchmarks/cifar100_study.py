@@ -8,8 +8,9 @@
 2. `bdkd train` trains every method with every seed; kd learns from the teacher of ce's run of its seed;
 3. `bdkd compare` lays them side by side, and the table is printed.
 
-What is finished is not repeated: cut off, or after `--minutes`, the same command goes on. The text printed belongs into
-benchmarks/results/, from where benchmarks/tables.py puts it into the README.
+What is finished is not repeated: cut off, or after `--minutes`, the same command goes on; with `--carry FOLDER` on
+another machine too, for it leaves all that is needed there in parts of at most 15 MiB (with the same `--out`). The text
+printed belongs into benchmarks/results/, from where benchmarks/tables.py puts it into the README.
 """
 
 import argparse
@@ -20,8 +21,9 @@ import time
 from pathlib import Path
 
 import yaml
+from carry import pack, unpack
 from machine import header
-from study import OutOfTimeError, Run, bdkd, row, table, train_all, write_subset
+from study import OutOfTimeError, Run, bdkd, finished, row, table, train_all, write_subset
 
 SEEDS = (0, 1, 2)
 METHODS = ("ce", "kd", "dml", "kdcl", "switokd", "jeffreys", "bdkd")
@@ -83,6 +85,9 @@ def main() -> None:
     end = None if arguments.minutes is None else time.monotonic() + 60 * arguments.minutes
     scale = SCALES[arguments.scale]
     out = arguments.out.absolute() / arguments.scale
+    carried = arguments.carry
+    if carried and any(carried.glob("part-*")) and not out.exists():
+        unpack(carried, out)
     data = arguments.cifar100.absolute()
     if scale.classes < 100:
         write_subset(data, out / "data", scale.classes)
@@ -95,6 +100,9 @@ def main() -> None:
             train_all(out / pair, runs(out / pair, common, weighting), scale.side_by_side, end)
         except OutOfTimeError:
             raise SystemExit("the time is over; the same command goes on") from None
+        finally:
+            if carried:
+                pack(out, carried, teacher_wanted)
         reports.append(report(out / pair, pair, scale, weighting))
     print("\n".join(reports))
 
@@ -106,6 +114,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--pairs", nargs="*", help="recipes, in place of the scale's own")
     parser.add_argument("--weighting", type=Path, help="best.yaml of a search of the weighting")
     parser.add_argument("--minutes", type=float, help="stop after so long, with checkpoints")
+    parser.add_argument("--carry", type=Path, help="folder for what another machine needs to go on")
     parser.add_argument("--out", type=Path, default=Path("runs/cifar100_study"))
     return parser.parse_args()
 
@@ -133,6 +142,12 @@ def runs(out: Path, common: list[str], weighting: Path) -> list[Run]:
                 arguments += parameters(weighting)
             found.append(Run(name_of(method, seed), tuple(arguments), after=teacher))
     return found
+
+
+def teacher_wanted(run: Path) -> bool:
+    """Whether the run's teacher is one from which kd has yet to learn."""
+    method, _, seed = run.name.rpartition("-")
+    return method == "ce" and not finished(run.parent, name_of("kd", int(seed)))
 
 
 def name_of(method: str, seed: int) -> str:

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-COLUMNS = ("top-1 %", "ECE %", "ECE % T-scaled", "NLL", "NLL T-scaled", "teacher top-1 %")
+COLUMNS = ("student top-1 %", "student ECE %", "ECE % T-scaled", "student NLL", "teacher top-1 %")
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,6 @@ def row(out: Path, title: str, names: Sequence[str]) -> str:
         spread([100 * s["ece"] for s in raw], 2),
         spread([100 * s["ece"] for s in scaled], 2),
         spread([s["nll"] for s in raw], 3),
-        spread([s["nll"] for s in scaled], 3),
         spread([100 * test["teacher"]["raw"]["top1"] for test in tests], 2),
     ]
     return f"| {title} | {' | '.join(cells)} |"
@@ -112,7 +111,7 @@ def row(out: Path, title: str, names: Sequence[str]) -> str:
 
 def table(rows: Sequence[str]) -> str:
     """Return the rows under the columns' names."""
-    return "\n".join([f"| student's | {' | '.join(COLUMNS)} |", f"|{'---|' * (len(COLUMNS) + 1)}", *rows])
+    return "\n".join([f"| objective | {' | '.join(COLUMNS)} |", f"|{'---|' * (len(COLUMNS) + 1)}", *rows])
 
 
 def spread(values: Sequence[float], decimals: int) -> str:
