@@ -47,7 +47,7 @@ class Scale:
     """By pair, what others published."""
 
 
-SMALL_EPOCHS = 12
+SMALL_EPOCHS = 8
 SCALES = {
     "small": Scale(
         "the first ten classes of CIFAR-100 (4,500 training, 500 validation, 1,000 test images), resnet20 → resnet8, "
@@ -55,10 +55,10 @@ SCALES = {
         ("cifar100_r56_r20",),
         (
             *("data.dataset=files", "data.num_classes=10", "models.teacher=resnet20", "models.student=resnet8"),
-            *(f"train.epochs={SMALL_EPOCHS}", "schedule.milestones=[8,10,11]", "train.evaluate_every_epochs=4"),
+            *(f"train.epochs={SMALL_EPOCHS}", "schedule.milestones=[5,6,7]", "train.evaluate_every_epochs=4"),
             "data.threads=1",
         ),
-        num_trials=16,
+        num_trials=12,
         side_by_side=2,
         classes=10,
     ),

@@ -55,6 +55,7 @@ def train_all(out: Path, runs: Iterable[Run], side_by_side: int, end: float | No
         OutOfTimeError: The end came first.
         SystemExit: A run failed; the others were stopped with checkpoints.
     """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the runs are asked to end, too
     waiting = [run for run in runs if not finished(out, run.name)]
     going: dict[str, subprocess.Popen[str]] = {}
     try:
