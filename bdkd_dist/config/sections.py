@@ -205,7 +205,7 @@ class Train(Section):
     gradient_compression: Literal["none", "bf16"] = "none"
     """``bf16`` halves what workers send each other: gradients are rounded before they are added up."""
     compile: bool = False
-    """``torch.compile`` the networks and the objective."""
+    """Compile the networks and the objective; on a single GPU also replay each step as a CUDA graph (docs/gpu.md)."""
     gradient_shares: bool = False
     """Record each term's share of the gradient at the logits (one more pass through the objective a step)."""
     evaluate_every_epochs: int = Field(1, ge=1)

@@ -11,6 +11,7 @@ from bdkd_dist.data.loader import Loader
 from bdkd_dist.engine import distributed
 from bdkd_dist.engine.observer import SamplePredictions
 from bdkd_dist.engine.pair import Pair
+from bdkd_dist.engine.replay import Replayed
 from bdkd_dist.metrics import CalibrationState, fit_temperature, fit_vector_scaling, ranks
 from bdkd_dist.objectives.divergences import entropy, log_probabilities
 
@@ -37,6 +38,7 @@ class Evaluator:
         pair: Knows how images are normalised and under which precision networks run.
         networks: By name; may hold more than the pair's own two (a moving average).
         beat: Told of every batch.
+        replayed: Run the networks as CUDA graphs.
     """
 
     def __init__(
@@ -46,12 +48,14 @@ class Evaluator:
         num_classes: int,
         device: torch.device,
         beat: Callable[[], None] = lambda: None,
+        replayed: bool = False,
     ):
         self.pair = pair
         self.networks = networks
         self.num_classes = num_classes
         self.device = device
         self.beat = beat
+        self.forward = Replayed(self._logits, device, "train.compile=true") if replayed else self._logits
 
     def diagnose(
         self, loader: Loader, batches: Sequence[np.ndarray]
@@ -97,15 +101,19 @@ class Evaluator:
             network.eval()
         try:
             for batch in loader.batches(0, batches):
-                pixels = self.pair.normalise(batch.images.to(self.device, non_blocking=True))
-                with self.pair.autocast(self.device):
-                    logits = {name: network(pixels).float() for name, network in self.networks.items()}
+                logits = self.forward(batch.images.to(self.device, non_blocking=True))
                 # A batch is only lent until the next one is asked for.
-                yield batch.indices.clone(), batch.labels.clone(), logits
+                yield batch.indices.clone(), batch.labels.clone(), dict(zip(self.networks, logits, strict=True))
                 self.beat()
         finally:
             for name, network in self.networks.items():
                 network.train(modes[name])
+
+    def _logits(self, images: Tensor) -> Tensor:
+        """Return every network's logits, (number of networks, B, K) float32, for (B, H, W, 3) uint8 images."""
+        pixels = self.pair.normalise(images)
+        with self.pair.autocast(self.device):
+            return torch.stack([network(pixels).float() for network in self.networks.values()])
 
 
 def calibrated(

@@ -4,16 +4,12 @@ Nothing in a step waits for the device: per-step values go into a buffer there a
 ``train.log_every_steps`` steps.
 """
 
-import copy
 import time
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
-from torch.nn.parallel import DistributedDataParallel
 
 from bdkd_dist import __version__
 from bdkd_dist.config import Recipe
@@ -24,7 +20,6 @@ from bdkd_dist.data.mixing import Mixing
 from bdkd_dist.data.order import (
     Indices,
     epoch_order,
-    largest_share,
     num_batches,
     quasi_random_order,
     rank_batches,
@@ -37,11 +32,11 @@ from bdkd_dist.engine.control import Control, Wish
 from bdkd_dist.engine.endings import Diverged, Interrupted
 from bdkd_dist.engine.evaluate import Evaluator
 from bdkd_dist.engine.observer import EvalLog, NetworkDiagnosis, Observer, StepLog
-from bdkd_dist.engine.optim import build_optimizer, learning_rate
+from bdkd_dist.engine.optim import learning_rate
 from bdkd_dist.engine.pair import build_pair
 from bdkd_dist.engine.patience import patiently
+from bdkd_dist.engine.stepper import Stepper
 from bdkd_dist.errors import UserError
-from bdkd_dist.objectives import Losses
 
 
 class Trainer:
@@ -84,15 +79,8 @@ class Trainer:
         self.pair = build_pair(recipe, device)
         if recipe.train.batchnorm == "sync" and self.world > 1:
             synchronise(self.pair, device)
-        self.averages = {
-            f"{name}_ema": copy.deepcopy(network)
-            for name, network in self.pair.networks.items()
-            if recipe.train.ema_decay and name != "teacher"
-        }
-        self.optimizer = build_optimizer(self.pair, recipe.optimizer, device)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=recipe.train.precision == "fp16")
+        self.stepper = Stepper(self.pair, recipe, device)
         self.step = self.epoch = self.step_in_epoch = 0
-        self.stat_names: list[str] = []
         self.history = torch.empty(0)
         self._averaged = 0  # so many rows of it are means over ranks already
         if (state := checkpoints.load_newest(device)) is not None:
@@ -102,33 +90,20 @@ class Trainer:
             if self.rank == 0:
                 load_teacher(teacher, recipe.models.teacher_checkpoint)
             distributed.broadcast_(teacher.state_dict().values())
-        self.module: nn.Module = self.pair
-        self.ddp: DistributedDataParallel | None = None
-        if self.world > 1:
-            # DDP makes the networks equal on all ranks; a user's own may have begun with other numbers on each.
-            distributed.broadcast_(t for average in self.averages.values() for t in average.state_dict().values())
-            ids = [device.index] if device.type == "cuda" else None
-            options: dict[str, Any] = {distributed.SYNC_BUFFERS: False}
-            self.ddp = DistributedDataParallel(
-                self.pair,
-                device_ids=ids,
-                gradient_as_bucket_view=True,
-                bucket_cap_mb=recipe.launch.bucket_mib,
-                **options,
-            )
-            if recipe.train.gradient_compression == "bf16":
-                self.ddp.register_comm_hook(None, bf16_compress_hook)
-            self.module = self.ddp
-        if recipe.train.compile:
-            # Inductor fixes the size of images unless all of a convolution's tensors are channels-last.
-            layout = {"force_layout_optimization": True} if recipe.data.resize else None
-            self.module = torch.compile(self.module, options=layout)  # type: ignore[arg-type, assignment]
-        self.evaluator = Evaluator(self.pair, self.networks, recipe.data.num_classes, device, self.control.beat)
+        self.stepper.join()
+        self.evaluator = Evaluator(
+            self.pair,
+            self.networks,
+            recipe.data.num_classes,
+            device,
+            self.control.beat,
+            replayed=recipe.train.compile and device.type == "cuda",
+        )
 
     @property
     def networks(self) -> dict[str, nn.Module]:
         """The networks to evaluate, by name."""
-        return dict(self.pair.networks.items()) | self.averages
+        return dict(self.pair.networks.items()) | self.stepper.averages
 
     def run(self) -> None:
         """Train to the end of the last epoch.
@@ -191,90 +166,31 @@ class Trainer:
         images = batch.images.to(self.device, non_blocking=True)
         labels = batch.labels.to(self.device, non_blocking=True)
         images = self.appearance(images, batch.indices, self.epoch)
-        images, targets = self.mixing(images, labels, batch.indices, self.epoch, self.recipe.data.num_classes)
-        if self.recipe.data.resize:  # compiled for any size once, not at every change
-            for dimension in (1, 2):
-                torch._dynamo.maybe_mark_dynamic(images, dimension)
-        return images, targets
+        return self.mixing(images, labels, batch.indices, self.epoch, self.recipe.data.num_classes)
 
     def _train_step(self, batch: Batch) -> None:
-        train, optimizer = self.recipe.train, self.optimizer
-        lr = self._learning_rate()
-        for group in optimizer.param_groups:
-            group["lr"] = lr
         # Dropout draws from (seed, step, rank), so no generator's state has to be kept.
-        torch.manual_seed(hash((train.seed, self.step, self.rank)) % 2**63)
-        images, targets = self._on_device(batch)
-        sizes = self._micro_batches(len(targets))
-        parts = zip(images.split(sizes), targets.split(sizes), strict=True)
-        for number, (some_images, some_targets) in enumerate(parts, 1):
-            with nullcontext() if number == len(sizes) else self._without_exchange():
-                loss, losses = self.module(some_images, some_targets)
-                weight = self._weight(len(some_targets))
-                self.scaler.scale(loss if weight == 1 else loss * weight).backward()
-            self._remember(losses, weight, first=number == 1)
-        if (norm := self.recipe.optimizer.clip_grad_norm) is not None:
-            self.scaler.unscale_(optimizer)
-            for group in optimizer.param_groups:
-                nn.utils.clip_grad_norm_(group["params"], norm, foreach=True)
-        self.scaler.step(optimizer)
-        self.scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-        self._update_ema()
+        torch.manual_seed(hash((self.recipe.train.seed, self.step, self.rank)) % 2**63)
+        larger = len(self.dataset.train) % self.steps_per_epoch
+        global_batch = len(self.dataset.train) // self.steps_per_epoch + (self.step_in_epoch < larger)
+        self._remember(self.stepper(*self._on_device(batch), self._learning_rate(self.step), global_batch))
         self.step += 1
         self.step_in_epoch += 1
 
-    def _weight(self, samples: int) -> float:
-        """Return what makes the sum of micro-batches' means, averaged over ranks, the mean over the global batch."""
-        return samples * self.world / self._global_batch()
-
-    def _global_batch(self) -> int:
-        """Return the number of samples of this step's batch, over all ranks."""
-        larger = len(self.dataset.train) % self.steps_per_epoch
-        return len(self.dataset.train) // self.steps_per_epoch + (self.step_in_epoch < larger)
-
-    def _micro_batches(self, samples: int) -> list[int]:
-        """Return the sizes in which this rank takes its samples: as many on every rank, for they exchange in each."""
-        if (limit := self.recipe.train.micro_batch_size) is None:
-            return [samples]
-        count = -(-largest_share(self._global_batch(), self.world) // limit)
-        return [samples // count + (number < samples % count) for number in range(count)]
-
-    def _without_exchange(self) -> AbstractContextManager[Any]:
-        """Return the context in which gradients only add up on this rank."""
-        return self.ddp.no_sync() if self.ddp is not None else nullcontext()
-
-    def _learning_rate(self) -> float:
+    def _learning_rate(self, step: int) -> float:
         return learning_rate(
-            self.step,
+            step,
             self.steps_per_epoch,
             self.recipe.train.epochs,
             self.recipe.optimizer.lr,
             self.recipe.schedule,
         )
 
-    @torch.no_grad()
-    def _update_ema(self) -> None:
-        if (decay := self.recipe.train.ema_decay) is None:
-            return
-        for name, average in self.averages.items():
-            student = self.pair.networks[name.removesuffix("_ema")]
-            torch._foreach_lerp_(list(average.parameters()), list(student.parameters()), 1 - decay)
-            # Running statistics follow the student's: they are averages already.
-            for mean, value in zip(average.buffers(), student.buffers(), strict=True):
-                mean.copy_(value)
-
-    def _remember(self, losses: Losses, weight: float, first: bool) -> None:
-        """Keep this step's values on the device until the next log; those of its micro-batches add up."""
-        values = losses.diagnostics
-        if not self.stat_names:
-            self.stat_names = list(values)
+    def _remember(self, values: Tensor) -> None:
+        """Keep this step's values on the device until the next log."""
         if self.history.numel() == 0:
-            self.history = torch.zeros(
-                self.recipe.train.log_every_steps, len(values), dtype=torch.float64, device=self.device
-            )
-        row = self.history[self.step % len(self.history)]
-        row.copy_(weight * torch.stack([v.double() for v in values.values()]) + (0 if first else row))
+            self.history = values.new_zeros(self.recipe.train.log_every_steps, len(values))
+        self.history[self.step % len(self.history)].copy_(values)
 
     def _read_history(self, steps: int) -> Tensor:
         """Return the last ``steps`` rows, averaged over ranks, on the CPU; stops the run where one is not finite."""
@@ -282,12 +198,12 @@ class Trainer:
             distributed.mean_(self.history[self._averaged : steps])
             self._averaged = steps
         rows = self.history[:steps].cpu()
-        losses = [column for column, name in enumerate(self.stat_names) if name.endswith("/loss")]
+        losses = [column for column, name in enumerate(self.stepper.names) if name.endswith("/loss")]
         bad = (~rows[:, losses].isfinite()).any(1).nonzero()
         if len(bad):
             row = int(bad[0])
             first = self.step - steps + row + 1
-            said = ", ".join(f"{self.stat_names[c].removesuffix('/loss')} {float(rows[row, c]):g}" for c in losses)
+            said = ", ".join(f"{self.stepper.names[c].removesuffix('/loss')} {float(rows[row, c]):g}" for c in losses)
             kept = self.checkpoints.paths()
             name = self.checkpoints.name(kept[-1]) if kept else ""
             back = f"the checkpoint before it is {name}" if kept else "there is no checkpoint before it"
@@ -306,8 +222,9 @@ class Trainer:
         interval = len(self.history)
         means = self._read_history(interval).mean(0).tolist()
         self._averaged = 0
-        scalars = {f"train/{name}": value for name, value in zip(self.stat_names, means, strict=True)}
-        scalars |= {f"lr/{group['name']}": group["lr"] for group in self.optimizer.param_groups}
+        scalars = {f"train/{name}": value for name, value in zip(self.stepper.names, means, strict=True)}
+        lr = self._learning_rate(self.step - 1)
+        scalars |= {f"lr/{group['name']}": lr for group in self.stepper.optimizer.param_groups}
         now = time.perf_counter()
         seconds_per_step = (now - self._clock) / max(1, self.step - self._clock_step)
         self._clock, self._clock_step = now, self.step
@@ -366,10 +283,8 @@ class Trainer:
             "epoch": self.epoch,
             "step_in_epoch": self.step_in_epoch,
             "networks": {name: network.state_dict() for name, network in self.networks.items()},
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
+            **self.stepper.state_dict(),
             "history": rows,
-            "stat_names": self.stat_names,
             "recipe": self.recipe.to_dict(),
             "data_fingerprint": self.dataset.fingerprint,
             "versions": {"bdkd-dist": __version__, "torch": str(torch.__version__)},
@@ -384,11 +299,7 @@ class Trainer:
         self.step, self.epoch, self.step_in_epoch = state["step"], state["epoch"], state["step_in_epoch"]
         for name, network in self.networks.items():
             network.load_state_dict(state["networks"][name])
-        self.optimizer.load_state_dict(state["optimizer"])
-        for group in self.optimizer.param_groups:
-            group["fused"] = self.device.type == "cuda"  # of this device, not of the one before
-        self.scaler.load_state_dict(state["scaler"])
-        self.stat_names = state["stat_names"]
+        self.stepper.load_state_dict(state)
         rows = state["history"]
         if rows.numel():
             self.history = torch.zeros(

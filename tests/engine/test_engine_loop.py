@@ -35,7 +35,7 @@ def test_training_sees_every_sample_once_an_epoch_in_batches_of_nearly_one_size(
 
 def test_the_moving_average_follows_the_student(tmp_path: Path) -> None:
     made = trainer(tmp_path, "train.ema_decay=0.75")
-    student, average = made.pair.networks["student"], made.averages["student_ema"]
+    student, average = made.pair.networks["student"], made.stepper.averages["student_ema"]
     expected = {name: value.detach().double().clone() for name, value in student.named_parameters()}
     batches = list(Noise().batches(0, np.arange(24).reshape(3, 8)))
     made.pair.train()
@@ -131,7 +131,7 @@ def test_a_weight_that_is_not_finite_is_not_kept(tmp_path: Path) -> None:
 
 def test_momentum_starts_at_zero(tmp_path: Path) -> None:
     made = trainer(tmp_path)
-    buffers = [made.optimizer.state[p]["momentum_buffer"] for p in made.pair.parameters()]
+    buffers = [made.stepper.optimizer.state[p]["momentum_buffer"] for p in made.pair.parameters()]
     assert all(buffer.count_nonzero() == 0 for buffer in buffers)
 
 

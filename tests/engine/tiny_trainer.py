@@ -62,7 +62,13 @@ class StopAt(Control):
         return Wish.STOP if self.trainer is not None and self.trainer.step == self.step else Wish.GO_ON
 
 
-def trainer(folder: Path, *overrides: str, observer: Observers | None = None, stop_at: int | None = None) -> Trainer:
+def trainer(
+    folder: Path,
+    *overrides: str,
+    observer: Observers | None = None,
+    stop_at: int | None = None,
+    device: str = "cpu",
+) -> Trainer:
     small = ["models.teacher=resnet8", "models.student=resnet8", "data.num_classes=3", "train.batch_size=8"]
     recipe = config.load("digits", [*small, "train.epochs=2", "schedule.warmup_epochs=0", *overrides])
     indices = np.arange(SAMPLES)
@@ -74,7 +80,7 @@ def trainer(folder: Path, *overrides: str, observer: Observers | None = None, st
         recipe,
         dataset,
         loaders,
-        torch.device("cpu"),
+        torch.device(device),
         Checkpoints(folder),
         observer or Observers(),
         control,
