@@ -23,7 +23,7 @@ from pathlib import Path
 import yaml
 from carry import pack, unpack
 from machine import header
-from study import OutOfTimeError, Run, bdkd, finished, row, table, train_all, write_subset
+from study import OutOfTimeError, Run, bdkd, end_with_children, finished, row, table, train_all, write_subset
 
 SEEDS = (0, 1, 2)
 METHODS = ("ce", "kd", "dml", "kdcl", "switokd", "jeffreys", "bdkd")
@@ -82,6 +82,7 @@ SCALES = {
 
 def main() -> None:
     arguments = parse()
+    end_with_children()
     end = None if arguments.minutes is None else time.monotonic() + 60 * arguments.minutes
     scale = SCALES[arguments.scale]
     out = arguments.out.absolute() / arguments.scale
@@ -119,13 +120,24 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def run(command: list[str]) -> None:
+    """Run a command to its end, what it prints to stderr; asked to end, ask it."""
+    with subprocess.Popen(command, stdout=sys.stderr) as process:
+        try:
+            if process.wait():
+                raise SystemExit(f"failed: {' '.join(command)}")
+        except KeyboardInterrupt:
+            process.terminate()
+            raise
+
+
 def search(out: Path, common: list[str], scale: Scale) -> Path:
     """Find BD-KD's weighting on validation images, and return the recipe that holds it."""
     best = out / "weighting/best.yaml"
     if not best.is_file():
         settings = [*common, "train.evaluate_every_epochs=1", f"run.storage={out}", "run.name=weighting"]
         options = ["--num-trials", str(scale.num_trials), "--goal", "nll"]
-        subprocess.run(bdkd("tune", str(SPACE), *settings, *options), check=True, stdout=sys.stderr)
+        run(bdkd("tune", str(SPACE), *settings, *options))
     return best
 
 
@@ -163,7 +175,7 @@ def parameters(weighting: Path) -> list[str]:
 def report(out: Path, pair: str, scale: Scale, weighting: Path) -> str:
     """Compare the runs, and return the table with what it needs to be read."""
     folders = [str(out / name_of(method, seed)) for method in (*METHODS, TUNED) for seed in SEEDS]
-    subprocess.run(bdkd("compare", *folders, "--out", str(out / "comparison")), check=True, stdout=subprocess.DEVNULL)
+    run(bdkd("compare", *folders, "--out", str(out / "comparison")))
     rows = [row(out, f"`{method}`", [name_of(method, seed) for seed in SEEDS]) for method in (*METHODS, TUNED)]
     found = ", ".join(argument.removeprefix("objective.") for argument in parameters(weighting))
     lines = [

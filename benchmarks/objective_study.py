@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 
 from machine import header
-from study import Run, row, table, train_all, write_subset
+from study import Run, end_with_children, row, table, train_all, write_subset
 
 from bdkd_dist.objectives import OBJECTIVES
 
@@ -32,6 +32,7 @@ def main() -> None:
     parser.add_argument("--cifar100", type=Path, required=True, help="folder of CIFAR-100's Parquet shards")
     parser.add_argument("--out", type=Path, default=Path("runs/objective_study"))
     arguments = parser.parse_args()
+    end_with_children()
     out = arguments.out.absolute()
     write_subset(arguments.cifar100, out / "ten_classes", CLASSES)
     settings = {"digits": DIGITS, "cifar": [*CIFAR, f"data.root={out / 'ten_classes'}"]}

@@ -37,6 +37,11 @@ class OutOfTimeError(Exception):
     """The time is over; the runs that were going on have checkpoints."""
 
 
+def end_with_children() -> None:
+    """Let SIGTERM end this process as Ctrl-C does, so that what it started is asked to end, too."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
 def bdkd(*arguments: str) -> list[str]:
     """Return a command line."""
     return [sys.executable, "-m", "bdkd_dist", *arguments]
@@ -55,7 +60,6 @@ def train_all(out: Path, runs: Iterable[Run], side_by_side: int, end: float | No
         OutOfTimeError: The end came first.
         SystemExit: A run failed; the others were stopped with checkpoints.
     """
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the runs are asked to end, too
     waiting = [run for run in runs if not finished(out, run.name)]
     going: dict[str, subprocess.Popen[str]] = {}
     try:
