@@ -22,6 +22,7 @@ import os
 import statistics
 import tempfile
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -93,11 +94,11 @@ class Setting:
         return np.random.default_rng(1).integers(0, self.classes, self.images)
 
 
-class Loop:
+class Loop(ABC):
     """Trains; ``step`` takes one step and may leave the GPU at work."""
 
-    def step(self) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def step(self) -> None: ...
 
 
 class Ours(Loop):
