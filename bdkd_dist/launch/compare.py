@@ -6,6 +6,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from bdkd_dist.config import Recipe
 from bdkd_dist.errors import UserError, nearest
 from bdkd_dist.launch.run_folder import RunFolder
 from bdkd_dist.launch.tune.folder import RECORD, SEARCH, TRIALS
@@ -101,6 +102,16 @@ def _read(folder: RunFolder) -> Run:
     predictions = folder.path / PREDICTIONS
     if not predictions.is_file():
         raise UserError(f"{folder} holds no {PREDICTIONS}; bdkd evaluate {folder} writes it")
-    run = Run.read(str(folder), recipe, folder.results, predictions)
+    run = Run.read(str(folder), recipe, folder.results, predictions, _teacher(recipe))
     folder.discard()
     return run
+
+
+def _teacher(recipe: Recipe) -> Recipe | None:
+    """Return the recipe of the run whose finished teacher taught this one, if that is still there to be read."""
+    if recipe.models.teacher_checkpoint is None:
+        return None
+    try:
+        return RunFolder(recipe.models.teacher_checkpoint).read_recipe()
+    except UserError:
+        return None

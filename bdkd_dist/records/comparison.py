@@ -14,26 +14,12 @@ from bdkd_dist.config import NOT_IDENTITY, Recipe, flatten
 from bdkd_dist.engine.observer import NetworkDiagnosis
 from bdkd_dist.errors import UserError, first_line
 from bdkd_dist.metrics import Reliability
+from bdkd_dist.records.comparison_bootstrap import NUM_BINS, Difference, Said, bins, paired_bootstrap
 from bdkd_dist.records.results import read_results
 
 METRICS = ("top1", "ece", "adaece", "nll", "brier")
-DIFFERENCES = ("top1", "nll", "ece")
-"""What the bootstrap tells the methods apart by."""
 SEED = "train.seed"
-NUM_BINS = 15
-RESAMPLES = 2000
-INTERVAL = (0.025, 0.975)
-CHUNK_ELEMENTS = 2**20  # weights of 8 MiB at a time
-
-
-@dataclass(frozen=True)
-class Said:
-    """What one network said about the test images; float64, at temperature 1."""
-
-    confidence: np.ndarray
-    correct: np.ndarray
-    """1 where the most probable class is the label, else 0."""
-    nll: np.ndarray
+TEACHER = "models.teacher_checkpoint"
 
 
 @dataclass(frozen=True)
@@ -53,9 +39,11 @@ class Run:
     said: dict[str, Said]
     """By network."""
     class_names: list[str]
+    teacher: dict[str, Any] | None = None
+    """The recipe, by dotted key, of the run whose finished teacher taught it, where that is known."""
 
     @classmethod
-    def read(cls, name: str, recipe: Recipe, results: Path, predictions: Path) -> "Run":
+    def read(cls, name: str, recipe: Recipe, results: Path, predictions: Path, teacher: Recipe | None = None) -> "Run":
         """Read what a run left.
 
         Args:
@@ -63,6 +51,7 @@ class Run:
             recipe: The resolved one.
             results: Its ``results.json``.
             predictions: Its ``predictions/test.parquet``.
+            teacher: The recipe of the run at ``models.teacher_checkpoint``, where that is known.
 
         Raises:
             UserError: A file is damaged, or of another version.
@@ -83,17 +72,13 @@ class Run:
             class_names = json.loads(table.schema.metadata[b"class_names"])
         except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
             raise UserError(_unreadable(name, "predictions/test.parquet", error)) from None
-        return cls(name, flatten(recipe.to_dict()), test, epochs, table["index"].to_numpy(), label, said, class_names)
+        index, taught_by = table["index"].to_numpy(), None if teacher is None else flatten(teacher.to_dict())
+        return cls(name, flatten(recipe.to_dict()), test, epochs, index, label, said, class_names, taught_by)
 
     @property
     def seed(self) -> int:
         """The training's."""
         return self.recipe[SEED]
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """What it computes, but for the seed."""
-        return {key: value for key, value in self.recipe.items() if not key.startswith((*NOT_IDENTITY, SEED))}
 
 
 @dataclass(frozen=True)
@@ -138,20 +123,6 @@ class Method:
 
 
 @dataclass(frozen=True)
-class Difference:
-    """How far a method lies from the first one, and the 95 % interval of that."""
-
-    value: float
-    low: float
-    high: float
-
-    @property
-    def is_clear(self) -> bool:
-        """Whether the interval leaves 0 out."""
-        return self.low > 0 or self.high < 0
-
-
-@dataclass(frozen=True)
 class Comparison:
     """Methods side by side; the first is what the others are held against."""
 
@@ -167,9 +138,12 @@ class Comparison:
         assert runs, "nothing to compare"
         _check_same_data(runs)
         groups: dict[str, list[Run]] = defaultdict(list)
-        for run in runs:
-            groups[json.dumps(run.identity, sort_keys=True)].append(run)
-        labels = method_labels([group[0].identity for group in groups.values()]) or [PurePath(runs[0].name).name]
+        told: dict[str, dict[str, Any]] = {}
+        for run, identity in zip(runs, _identities(runs), strict=True):
+            key = json.dumps(identity, sort_keys=True)
+            told[key] = identity
+            groups[key].append(run)
+        labels = method_labels(list(told.values())) or [PurePath(runs[0].name).name]
         methods = zip(labels, groups.values(), strict=True)
         return cls(tuple(Method(_letter(n), label, tuple(group)) for n, (label, group) in enumerate(methods)))
 
@@ -196,11 +170,11 @@ class Comparison:
     @property
     def repeated(self) -> list[tuple[str, str]]:
         """Pairs of runs of one recipe and one seed: what parts them is no choice of the seed."""
-        first: dict[tuple[str, int], str] = {}
+        first: dict[tuple[str, int, str | None], str] = {}
         pairs = []
         for method in self.methods:
             for run in method.runs:
-                earlier = first.setdefault((method.key, run.seed), run.name)
+                earlier = first.setdefault((method.key, run.seed, run.recipe[TEACHER]), run.name)
                 if earlier != run.name:
                     pairs.append((earlier, run.name))
         return pairs
@@ -228,6 +202,23 @@ class Comparison:
             for method, difference in zip(others, paired_bootstrap(said), strict=True):
                 found[method.key, student] = difference
         return found
+
+
+def _identities(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """Return what each run computes, but for seeds: finished teachers of one recipe go by the first one's name."""
+    first: dict[str, str] = {}
+    identities = []
+    for run in runs:
+        identity = _computed(run.recipe)
+        if run.teacher is not None:
+            key = json.dumps(_computed(run.teacher), sort_keys=True)
+            identity[TEACHER] = first.setdefault(key, identity[TEACHER])
+        identities.append(identity)
+    return identities
+
+
+def _computed(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in recipe.items() if not key.startswith((*NOT_IDENTITY, SEED))}
 
 
 def method_labels(identities: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -277,75 +268,16 @@ def _value(value: Any) -> str:
     return str(value)
 
 
-def paired_bootstrap(
-    methods: Sequence[Sequence[Said]], resamples: int = RESAMPLES, seed: int = 0
-) -> list[dict[str, Difference]]:
-    """Return how each further method differs from the first, with 95 % percentile intervals (Efron & Tibshirani, 1993).
-
-    What is drawn with replacement are the N test images, the same draws for every run of every method: an image that
-    is hard for all does not widen the interval. From each draw every run's figure is computed, averaged over the
-    method's runs and subtracted. The trained networks stay as they are: the intervals speak of the choice of the test
-    images, not of that of the seed. Drawing with replacement raises every ECE; in the difference most of that cancels.
-
-    Args:
-        methods: For each method what each of its runs' networks said about the same N images, in the same order.
-        resamples: Number of draws.
-        seed: Of the draws.
-    """
-    count = len(methods[0][0].confidence)
-    columns = [np.stack([_columns(said) for said in runs], axis=1) for runs in methods]
-    rng = np.random.default_rng(seed)
-    exact = [_figures(np.ones((1, count)), column)[0] for column in columns]
-    drawn: list[list[np.ndarray]] = [[] for _ in methods]
-    for start in range(0, resamples, rows := max(1, CHUNK_ELEMENTS // max(1, count))):
-        weights = _weights(rng, min(rows, resamples - start), count)
-        for figures, column in zip(drawn, columns, strict=True):
-            figures.append(_figures(weights, column))
-    first, *others = (np.concatenate(figures) for figures in drawn)
-    found = []
-    for other, value in zip(others, exact[1:], strict=True):
-        ends = np.quantile(other - first, INTERVAL, axis=0)
-        rows_of = zip(value - exact[0], *ends, strict=True)
-        found.append(dict(zip(DIFFERENCES, (Difference(*map(float, row)) for row in rows_of), strict=True)))
-    return found
-
-
-def _columns(said: Said) -> np.ndarray:
-    """Return (N, 2 + bins): correct, NLL, and confidence - correct in the column of the sample's bin."""
-    gaps = np.zeros((len(said.confidence), NUM_BINS))
-    gaps[np.arange(len(gaps)), _bins(said.confidence)] = said.confidence - said.correct
-    return np.column_stack((said.correct, said.nll, gaps))
-
-
-def _figures(weights: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """Return (R, 3) top-1, NLL and ECE, means over runs, for (R, N) weights and (N, runs, 2 + bins) columns."""
-    count, runs, width = columns.shape
-    sums = (weights @ columns.reshape(count, runs * width)).reshape(-1, runs, width) / max(1, count)
-    ece = np.abs(sums[..., 2:]).sum(-1)
-    return np.stack((sums[..., 0], sums[..., 1], ece), axis=-1).mean(1)
-
-
-def _weights(rng: np.random.Generator, rows: int, count: int) -> np.ndarray:
-    """Return (rows, count): how often each image is among ``count`` drawn with replacement."""
-    draws = rng.integers(count, size=(rows, count)) + count * np.arange(rows)[:, None]
-    return np.bincount(draws.ravel(), minlength=rows * count).reshape(rows, count).astype(float)
-
-
 def pooled(confidence: np.ndarray, correct: np.ndarray) -> NetworkDiagnosis:
     """Return the reliability diagram of (N,) samples, in the bins of :class:`bdkd_dist.metrics.CalibrationState`."""
-    bins = _bins(confidence)
-    count, right, sure = (np.bincount(bins, w, NUM_BINS) for w in (None, correct, confidence))
+    inside = bins(confidence)
+    count, right, sure = (np.bincount(inside, w, NUM_BINS) for w in (None, correct, confidence))
     with np.errstate(invalid="ignore"):  # an empty bin has neither accuracy nor confidence
         accuracy, mean = right / count, sure / count
-        top1, ece = correct.sum() / np.float64(len(bins)), np.abs(sure - right).sum() / np.float64(len(bins))
+        top1, ece = correct.sum() / np.float64(len(inside)), np.abs(sure - right).sum() / np.float64(len(inside))
     edges = tuple(b / NUM_BINS for b in range(NUM_BINS + 1))
     reliability = Reliability(edges, tuple(count.tolist()), tuple(accuracy.tolist()), tuple(mean.tolist()))
     return NetworkDiagnosis({"top1": float(top1), "ece": float(ece)}, reliability)
-
-
-def _bins(confidence: np.ndarray) -> np.ndarray:
-    """Return the bin (edge_b, edge_b+1] of each confidence."""
-    return np.searchsorted([b / NUM_BINS for b in range(1, NUM_BINS)], confidence)
 
 
 def _by_class(run: Run, said: Said) -> tuple[np.ndarray, np.ndarray]:

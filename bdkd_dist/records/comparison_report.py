@@ -10,7 +10,8 @@ import numpy as np
 from rich import box
 from rich.table import Table
 
-from bdkd_dist.records.comparison import DIFFERENCES, METRICS, RESAMPLES, Comparison, Difference, Method
+from bdkd_dist.records.comparison import METRICS, Comparison, Method
+from bdkd_dist.records.comparison_bootstrap import DIFFERENCES, RESAMPLES, Difference
 from bdkd_dist.records.comparison_figures import (
     accuracy_ece_figure,
     named,
@@ -276,9 +277,8 @@ def _runs(made: Page, comparison: Comparison) -> None:
         for method in comparison.methods
         for run in method.runs
     ]
-    made.table(
-        ("method", "run", "seed", "epochs"), rows, "Runs whose recipes differ in train.seed alone are one method."
-    )
+    same = "Runs whose recipes, and their finished teachers' recipes, differ in train.seed alone are one method."
+    made.table(("method", "run", "seed", "epochs"), rows, same)
     for one, other in comparison.repeated:
         made.text(f"{one} and {other} have the same recipe and seed: what parts them is no choice of the seed.")
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from browser import browser, needs_browser
 from PIL import Image
 from rich.console import Console
@@ -95,6 +96,25 @@ def test_differences_are_those_of_the_predictions(compared: tuple[Path, str], ru
         low, high = np.quantile(per_image[draws].mean(1), [0.025, 0.975])
         assert row[f"difference_{metric}_low"] == pytest.approx(low, abs=1e-12)
         assert row[f"difference_{metric}_high"] == pytest.approx(high, abs=1e-12)
+
+
+def test_seeds_taught_by_their_own_teachers_are_one_method_while_these_are_there(runs: Path, tmp_path: Path) -> None:
+    places = []
+    for seed in (0, 1):
+        shutil.copytree(runs / f"dml-{seed}", tmp_path / f"by-{seed}")
+        places.append(shutil.copytree(runs / f"bdkd-{seed}", tmp_path / f"taught-{seed}"))
+        recipe = yaml.safe_load((places[-1] / "recipe.yaml").read_text())
+        recipe["models"]["teacher_checkpoint"] = str(tmp_path / f"by-{seed}")
+        (places[-1] / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+
+    def methods() -> list[str]:
+        compare([str(place) for place in places], tmp_path / "out", quiet())
+        table = pq.read_table(tmp_path / "out/runs.parquet", filters=[("network", "==", "student")])
+        return table["method"].to_pylist()
+
+    assert methods() == ["A", "A"]
+    (tmp_path / "by-1").rename(tmp_path / "moved")
+    assert methods() == ["A", "B"]
 
 
 def test_a_trial_that_was_not_tested_and_unequal_seeds_are_said(search: Path, runs: Path, tmp_path: Path) -> None:

@@ -19,7 +19,8 @@ from bdkd_dist.config import flatten
 from bdkd_dist.engine.evaluate import Outputs, predictions
 from bdkd_dist.errors import UserError
 from bdkd_dist.metrics import CalibrationState
-from bdkd_dist.records.comparison import Comparison, Run, Said, method_labels, pooled
+from bdkd_dist.records.comparison import Comparison, Run, method_labels, pooled
+from bdkd_dist.records.comparison_bootstrap import Said
 from bdkd_dist.records.comparison_figures import accuracy_ece_figure, reliability_rows, save_stacked_png
 from bdkd_dist.records.comparison_report import (
     is_comparison,
@@ -117,6 +118,31 @@ def test_runs_that_differ_in_seed_and_place_alone_are_one_method(four: list[Run]
         ("A", "objective bdkd", [1, 2, 3]),
         ("B", "objective dml", [1, 2]),
     ]
+
+
+def taught(run: Run, name: str, by: str, *teacher: str) -> Run:
+    """The run as if it had learnt from the run ``by``, whose recipe has these settings."""
+    known = flatten(config.load("digits", ["objective.name=ce", *teacher]).to_dict()) if teacher else None
+    return replace(run, name=name, recipe=run.recipe | {"models.teacher_checkpoint": by}, teacher=known)
+
+
+def test_runs_taught_by_teachers_that_differ_in_seed_alone_are_one_method(four: list[Run]) -> None:
+    runs = [
+        taught(four[0], "kd-1", "ce-1", "train.seed=1"),
+        taught(four[2], "kd-2", "ce-2", "train.seed=2", "run.name=ce-2", "data.threads=2"),
+        taught(four[2], "long-2", "ce-long", "train.seed=2", "train.epochs=99"),
+        taught(four[2], "lost-2", "gone"),
+        four[1],
+    ]
+    compared = Comparison.of(runs)
+    assert [(m.label, [run.name for run in m.runs]) for m in compared.methods] == [
+        ("bdkd, teacher_checkpoint ce-1", ["kd-1", "kd-2"]),
+        ("bdkd, teacher_checkpoint ce-long", ["long-2"]),
+        ("bdkd, teacher_checkpoint gone", ["lost-2"]),
+        ("dml", [four[1].name]),
+    ]
+    again = taught(four[0], "kd-1 by ce-2", "ce-2", "train.seed=2")
+    assert Comparison.of([*runs, again]).repeated == [], "teachers of two seeds"
 
 
 def test_a_single_method_is_called_by_its_run(four: list[Run]) -> None:

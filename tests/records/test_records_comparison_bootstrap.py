@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from bdkd_dist.records.comparison import Said, paired_bootstrap
+from bdkd_dist.records.comparison_bootstrap import Said, paired_bootstrap
 
 CLASSES, COUNT = 10, 200
 
@@ -57,7 +57,7 @@ def test_intervals_are_those_of_resamples_written_out() -> None:
 def test_draws_in_parts_are_the_same_draws(monkeypatch: pytest.MonkeyPatch) -> None:
     methods = [[said(1)], [said(3)], [said(4)]]
     whole = paired_bootstrap(methods, resamples=200)
-    monkeypatch.setattr("bdkd_dist.records.comparison.CHUNK_ELEMENTS", 7 * 150 + 1)
+    monkeypatch.setattr("bdkd_dist.records.comparison_bootstrap.CHUNK_ELEMENTS", 7 * 150 + 1)
     for one, other in zip(whole, paired_bootstrap(methods, resamples=200), strict=True):
         for metric in one:
             assert one[metric].low == pytest.approx(other[metric].low, abs=1e-12)
