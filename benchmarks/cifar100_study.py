@@ -2,11 +2,15 @@
 
     .venv/bin/python benchmarks/cifar100_study.py --cifar100 FOLDER                  # ten classes, for a CPU
     .venv/bin/python benchmarks/cifar100_study.py --cifar100 FOLDER --scale full     # 240 epochs, for a GPU
+    .venv/bin/python benchmarks/cifar100_study.py --cifar100 FOLDER --scale full --beyond
 
 1. `bdkd tune tune_spaces/bdkd_weighting.py` looks for BD-KD's best weighting on the validation split (without Ray,
    `--weighting FILE` takes the best.yaml of an earlier search);
 2. `bdkd train` trains every method with every seed; kd learns from the teacher of ce's run of its seed;
 3. `bdkd compare` lays them side by side, and the table is printed.
+
+The student of the tuned BD-KD has a moving average beside it, which costs nothing: a row of its own. `--beyond` trains
+the tuned BD-KD once more under stronger augmentation and for twice as long.
 
 What is finished is not repeated: cut off, or after `--minutes`, the same command goes on; with `--carry FOLDER` on
 another machine too, for it leaves all that is needed there in parts of at most 15 MiB (with the same `--out`). The text
@@ -28,6 +32,7 @@ from study import OutOfTimeError, Run, bdkd, end_with_children, finished, row, t
 SEEDS = (0, 1, 2)
 METHODS = ("ce", "kd", "dml", "kdcl", "switokd", "jeffreys", "bdkd")
 TUNED = "bdkd tuned"
+AVERAGED = f"{TUNED}, averaged"
 SPACE = Path(__file__).parent.parent / "tune_spaces/bdkd_weighting.py"
 PUBLISHED = "ours are last-epoch; published figures are often of the best epoch on the test split"
 
@@ -42,11 +47,15 @@ class Scale:
     settings: tuple[str, ...]
     num_trials: int
     side_by_side: int
+    ema_decay: float
+    beyond: dict[str, tuple[str, ...]]
+    """Settings of what may lift the tuned BD-KD further, by the method's name."""
     classes: int = 100
     anchors: dict[str, str] = dataclasses.field(default_factory=dict)
     """By pair, what others published."""
 
 
+STRONGER = ("data.augment.rand_ops=1", "data.augment.cutout_px=8")
 SMALL_EPOCHS = 8
 SCALES = {
     "small": Scale(
@@ -60,6 +69,11 @@ SCALES = {
         ),
         num_trials=12,
         side_by_side=2,
+        ema_decay=0.99,
+        beyond={
+            f"{TUNED} augmented": STRONGER,
+            f"{TUNED} longer": (f"train.epochs={2 * SMALL_EPOCHS}", "schedule.milestones=[10,12,14]"),
+        },
         classes=10,
     ),
     "full": Scale(
@@ -71,6 +85,11 @@ SCALES = {
         ),
         num_trials=24,
         side_by_side=1,
+        ema_decay=0.999,
+        beyond={
+            f"{TUNED} augmented": STRONGER,
+            f"{TUNED} longer": ("train.epochs=480", "schedule.milestones=[300,360,420]"),
+        },
         # CRD's and mdistiller's tables and SHAKE's paper.
         anchors={
             "cifar100_r32x4_r8x4": "student alone 72.50, KD 73.33, DML 74.30, SHAKE 77.95 (teacher 79.42)",
@@ -93,18 +112,21 @@ def main() -> None:
     if scale.classes < 100:
         write_subset(data, out / "data", scale.classes)
         data = out / "data"
-    reports = [header(f".venv/bin/python benchmarks/cifar100_study.py --cifar100 FOLDER --scale {arguments.scale}")]
+    command = f".venv/bin/python benchmarks/cifar100_study.py --cifar100 FOLDER --scale {arguments.scale}"
+    reports = [header(command + " --beyond" * arguments.beyond)]
     for pair in arguments.pairs or scale.pairs:
         common = [pair, *scale.settings, f"data.root={data}"]
         try:
             weighting = arguments.weighting or search(out / pair, common, scale)
-            train_all(out / pair, runs(out / pair, common, weighting), scale.side_by_side, end)
+            trained = {**dict.fromkeys(METHODS, ()), TUNED: (f"train.ema_decay={scale.ema_decay}",)}
+            trained |= scale.beyond if arguments.beyond else {}
+            train_all(out / pair, runs(out / pair, common, weighting, trained), scale.side_by_side, end)
         except OutOfTimeError:
             raise SystemExit("the time is over; the same command goes on") from None
         finally:
             if carried:
                 pack(out, carried, teacher_wanted)
-        reports.append(report(out / pair, pair, scale, weighting))
+        reports.append(report(out / pair, pair, scale, weighting, list(trained)))
     print("\n".join(reports))
 
 
@@ -113,6 +135,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--cifar100", type=Path, required=True, help="folder of CIFAR-100's Parquet shards")
     parser.add_argument("--scale", choices=SCALES, default="small")
     parser.add_argument("--pairs", nargs="*", help="recipes, in place of the scale's own")
+    parser.add_argument("--beyond", action="store_true", help="train the tuned BD-KD augmented and for longer, too")
     parser.add_argument("--weighting", type=Path, help="best.yaml of a search of the weighting")
     parser.add_argument("--minutes", type=float, help="stop after so long, with checkpoints")
     parser.add_argument("--carry", type=Path, help="folder for what another machine needs to go on")
@@ -141,16 +164,23 @@ def search(out: Path, common: list[str], scale: Scale) -> Path:
     return best
 
 
-def runs(out: Path, common: list[str], weighting: Path) -> list[Run]:
-    """Return all trainings, seed by seed, so that a study that is cut has whole seeds; ce's come before kd's."""
+def runs(out: Path, common: list[str], weighting: Path, trained: dict[str, tuple[str, ...]]) -> list[Run]:
+    """Return all trainings, seed by seed, so that a study that is cut has whole seeds; ce's come before kd's.
+
+    Args:
+        out: Where the runs lie.
+        common: Arguments of all.
+        weighting: The recipe that holds the tuned parameters.
+        trained: Further settings of each method.
+    """
     found = []
     for seed in SEEDS:
-        for method in (*METHODS, TUNED):
-            arguments = [*common, f"train.seed={seed}", f"objective.name={method.split()[0]}"]
+        for method, settings in trained.items():
+            arguments = [*common, *settings, f"train.seed={seed}", f"objective.name={method.split()[0]}"]
             teacher = name_of("ce", seed) if method == "kd" else None
             if teacher:
                 arguments.append(f"models.teacher_checkpoint={out / teacher}")
-            if method == TUNED:
+            if method.startswith(TUNED):
                 arguments += parameters(weighting)
             found.append(Run(name_of(method, seed), tuple(arguments), after=teacher))
     return found
@@ -172,16 +202,19 @@ def parameters(weighting: Path) -> list[str]:
     return [f"objective.{key}={value}" for key, value in objective.items() if key != "name"]
 
 
-def report(out: Path, pair: str, scale: Scale, weighting: Path) -> str:
+def report(out: Path, pair: str, scale: Scale, weighting: Path, methods: list[str]) -> str:
     """Compare the runs, and return the table with what it needs to be read."""
-    folders = [str(out / name_of(method, seed)) for method in (*METHODS, TUNED) for seed in SEEDS]
+    names = {method: [name_of(method, seed) for seed in SEEDS] for method in methods}
+    folders = [str(out / name) for of_method in names.values() for name in of_method]
     run(bdkd("compare", *folders, "--out", str(out / "comparison")))
-    rows = [row(out, f"`{method}`", [name_of(method, seed) for seed in SEEDS]) for method in (*METHODS, TUNED)]
+    rows = [row(out, f"`{method}`", of_method) for method, of_method in names.items()]
+    rows.insert(methods.index(TUNED) + 1, row(out, f"`{AVERAGED}`", names[TUNED], "student_ema"))
     found = ", ".join(argument.removeprefix("objective.") for argument in parameters(weighting))
     lines = [
         f"\n**{pair}**: {scale.title}; test split, {len(SEEDS)} seeds, mean ± standard deviation:\n",
         table(rows),
         f"\n`{TUNED}` is the best of {scale.num_trials} trials by validation NLL: {found}.",
+        f"`{AVERAGED}` is the moving average of its student's weights over training (decay {scale.ema_decay} a step).",
     ]
     if pair in scale.anchors:
         lines.append(f"Published top-1 %: {scale.anchors[pair]}; {PUBLISHED}.")

@@ -99,10 +99,10 @@ def finished(out: Path, name: str) -> bool:
     return (out / name / "results.json").is_file()
 
 
-def row(out: Path, title: str, names: Sequence[str]) -> str:
+def row(out: Path, title: str, names: Sequence[str], network: str = "student") -> str:
     """Return a line of a table: the test split of runs that differ in seed, mean ± standard deviation."""
     tests = [json.loads((out / name / "results.json").read_text())["test"] for name in names]
-    student = [test["student"] for test in tests]
+    student = [test[network] for test in tests]
     raw, scaled = [s["raw"] for s in student], [s["temperature_scaled"] for s in student]
     cells = [
         spread([100 * s["top1"] for s in raw], 2),
