@@ -36,7 +36,7 @@ def compare(where: Sequence[str], out: Path, console: Console) -> Path:
     _check_free(out)
     folders = [folder for name in where for folder in _runs_of(name, warner(console))]
     _check_once(folders)
-    comparison = Comparison.of([_read(folder) for folder in folders])
+    comparison = Comparison.of([_read(folder, warner(console)) for folder in folders])
     try:
         out.mkdir(parents=True, exist_ok=True)
         page = write_comparison(comparison, out)
@@ -96,22 +96,23 @@ def _check_once(folders: Sequence[RunFolder]) -> None:
             raise UserError(f"{folder} is given twice{also}")
 
 
-def _read(folder: RunFolder) -> Run:
+def _read(folder: RunFolder, say: Callable[[str], None]) -> Run:
     recipe = folder.read_recipe()
     folder.fetch("results.json", PREDICTIONS)
     predictions = folder.path / PREDICTIONS
     if not predictions.is_file():
         raise UserError(f"{folder} holds no {PREDICTIONS}; bdkd evaluate {folder} writes it")
-    run = Run.read(str(folder), recipe, folder.results, predictions, _teacher(recipe))
+    run = Run.read(str(folder), recipe, folder.results, predictions, _teacher(folder, recipe, say))
     folder.discard()
     return run
 
 
-def _teacher(recipe: Recipe) -> Recipe | None:
-    """Return the recipe of the run whose finished teacher taught this one, if that is still there to be read."""
+def _teacher(folder: RunFolder, recipe: Recipe, say: Callable[[str], None]) -> Recipe | None:
+    """Return the recipe of the run whose finished teacher taught this one; say so where it cannot be read any more."""
     if recipe.models.teacher_checkpoint is None:
         return None
     try:
         return RunFolder(recipe.models.teacher_checkpoint).read_recipe()
-    except UserError:
+    except UserError as error:
+        say(f"{folder} is told from other runs by its teacher's path: {error}")
         return None

@@ -138,12 +138,12 @@ class Comparison:
         assert runs, "nothing to compare"
         _check_same_data(runs)
         groups: dict[str, list[Run]] = defaultdict(list)
-        told: dict[str, dict[str, Any]] = {}
+        identity_of: dict[str, dict[str, Any]] = {}
         for run, identity in zip(runs, _identities(runs), strict=True):
             key = json.dumps(identity, sort_keys=True)
-            told[key] = identity
+            identity_of[key] = identity
             groups[key].append(run)
-        labels = method_labels(list(told.values())) or [PurePath(runs[0].name).name]
+        labels = method_labels(list(identity_of.values())) or [PurePath(runs[0].name).name]
         methods = zip(labels, groups.values(), strict=True)
         return cls(tuple(Method(_letter(n), label, tuple(group)) for n, (label, group) in enumerate(methods)))
 
@@ -170,11 +170,11 @@ class Comparison:
     @property
     def repeated(self) -> list[tuple[str, str]]:
         """Pairs of runs of one recipe and one seed: what parts them is no choice of the seed."""
-        first: dict[tuple[str, int, str | None], str] = {}
+        first: dict[tuple[str, int, Any], str] = {}
         pairs = []
         for method in self.methods:
             for run in method.runs:
-                earlier = first.setdefault((method.key, run.seed, run.recipe[TEACHER]), run.name)
+                earlier = first.setdefault((method.key, run.seed, run.teacher and run.teacher[SEED]), run.name)
                 if earlier != run.name:
                     pairs.append((earlier, run.name))
         return pairs
@@ -224,7 +224,8 @@ def _computed(recipe: Mapping[str, Any]) -> dict[str, Any]:
 def method_labels(identities: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return for each recipe, by dotted key, in what it differs from the others; nothing where there is but one.
 
-    An objective's parameters are told among those of the same objective: between two objectives the name says it.
+    An objective's parameters, and what its teacher began as, are told among those of the same objective: between two
+    objectives the name says it.
     """
     if len(identities) == 1:
         return []
@@ -244,7 +245,7 @@ def method_labels(identities: Sequence[Mapping[str, Any]]) -> list[str]:
 def _differing(own: Mapping[str, Any], identities: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """Yield the keys that tell a recipe from any other one, the objective's first."""
     for key in sorted(own, key=lambda key: (key != "objective.name", not key.startswith("objective."))):
-        of_objective = key.startswith("objective.") and key != "objective.name"
+        of_objective = key == TEACHER or (key.startswith("objective.") and key != "objective.name")
         others = [i for i in identities if not of_objective or i["objective.name"] == own["objective.name"]]
         if any(key not in other or other[key] != own[key] for other in others):
             yield key
@@ -270,11 +271,11 @@ def _value(value: Any) -> str:
 
 def pooled(confidence: np.ndarray, correct: np.ndarray) -> NetworkDiagnosis:
     """Return the reliability diagram of (N,) samples, in the bins of :class:`bdkd_dist.metrics.CalibrationState`."""
-    inside = bins(confidence)
-    count, right, sure = (np.bincount(inside, w, NUM_BINS) for w in (None, correct, confidence))
+    bin_of = bins(confidence)
+    count, right, sure = (np.bincount(bin_of, w, NUM_BINS) for w in (None, correct, confidence))
     with np.errstate(invalid="ignore"):  # an empty bin has neither accuracy nor confidence
         accuracy, mean = right / count, sure / count
-        top1, ece = correct.sum() / np.float64(len(inside)), np.abs(sure - right).sum() / np.float64(len(inside))
+        top1, ece = correct.sum() / np.float64(len(bin_of)), np.abs(sure - right).sum() / np.float64(len(bin_of))
     edges = tuple(b / NUM_BINS for b in range(NUM_BINS + 1))
     reliability = Reliability(edges, tuple(count.tolist()), tuple(accuracy.tolist()), tuple(mean.tolist()))
     return NetworkDiagnosis({"top1": float(top1), "ece": float(ece)}, reliability)

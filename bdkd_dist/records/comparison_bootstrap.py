@@ -1,4 +1,4 @@
-"""The paired bootstrap: how far a method lies from another one on the test images, and how sure that is."""
+"""What networks said about test images, in bins of confidence, and the paired bootstrap between methods."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -111,6 +111,15 @@ def test_parameters_are_told_among_the_methods_of_one_objective() -> None:
     assert found == ["bdkd, nu_reverse 2.5", "bdkd, nu_reverse 3", "dml"]
 
 
+def test_a_teacher_is_told_among_the_methods_of_one_objective() -> None:
+    kd, by = ["objective.name=kd"], "models.teacher_checkpoint"
+    assert labels([*kd, f"{by}=runs/ce-0"], ["objective.name=dml"]) == ["objective kd", "objective dml"]
+    assert labels([*kd, f"{by}=runs/ce-0"], [*kd, f"{by}=runs/long"]) == [
+        "teacher_checkpoint ce-0",
+        "teacher_checkpoint long",
+    ]
+
+
 def test_runs_that_differ_in_seed_and_place_alone_are_one_method(four: list[Run], tmp_path: Path) -> None:
     other = left(tmp_path / "elsewhere", "train.seed=3", "data.threads=2", "run.storage=/x", "launch.max_failures=9")
     methods = Comparison.of([*four, other]).methods
