@@ -103,6 +103,14 @@ def test_libraries_are_loaded_when_a_source_needs_them() -> None:
 # --- digits and CIFAR
 
 
+def test_digits_are_found_without_loading_scikit_learn() -> None:
+    code = (
+        "import sys; from bdkd_dist.config import Data; from bdkd_dist.data.sources import open_source; "
+        "open_source(Data(dataset='digits', num_classes=10, image_px=32)); assert 'sklearn' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 @pytest.mark.parametrize("side_px", [8, 32])
 def test_digits_are_scikit_learns_in_order(side_px: int) -> None:
     from sklearn.datasets import load_digits

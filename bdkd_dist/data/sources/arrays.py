@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Iterator
 from functools import partial
 from http.client import HTTPException
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -20,18 +21,29 @@ CIFAR_FOLDERS = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python
 
 def digits(data: Data) -> Source:
     """8×8 grey values 0 to 16, as RGB of ``data.image_px``; a fifth of each class is the test split."""
-    from PIL import Image
-    from sklearn.datasets import load_digits
-
-    bunch = load_digits()
-    grey = np.floor(bunch.images * (255 / 16) + 0.5).astype(np.uint8)
-    side = (data.image_px, data.image_px)
-    images = np.stack([np.asarray(Image.fromarray(g).resize(side, Image.Resampling.BICUBIC)) for g in grey])
-    rgb, labels = np.repeat(images[..., None], 3, axis=-1), bunch.target.astype(np.int64)
+    # Of scikit-learn only the file: importing the package takes longer than all of this.
+    package = find_spec("sklearn")
+    if package is None or package.origin is None:
+        raise UserError("data.dataset=digits: scikit-learn is not installed, whose images these are")
+    table = np.loadtxt(Path(package.origin).with_name("datasets") / "data/digits.csv.gz", delimiter=",")
+    labels = table[:, -1].astype(np.int64)
+    grey = np.floor(table[:, :-1].reshape(-1, 8, 8) * (255 / 16) + 0.5).astype(np.uint8)
     train, test = stratified(labels, 0.2, salt="test")
-    splits = {n: _split(n, rgb[where], labels[where]) for n, where in (("train", train), ("test", test))}
+    splits = {}
+    for name, where in (("train", train), ("test", test)):
+        enlarged = partial(_enlarged, grey[where], labels[where], data.image_px)
+        piece = Piece(name, labels[where], enlarged, 3 * data.image_px**2 * len(where))
+        splits[name] = SourceSplit(name, (piece,))
     pixels = hashlib.sha256(grey.tobytes() + labels.tobytes()).hexdigest()
     return Source("digits", tuple("0123456789"), splits, fingerprint("digits", data, [pixels]))
+
+
+def _enlarged(grey: npt.NDArray[np.uint8], labels: Labels, side_px: int) -> Iterator[Sample]:
+    from PIL import Image
+
+    for position, (image, label) in enumerate(zip(grey, labels, strict=True)):
+        larger = np.asarray(Image.fromarray(image).resize((side_px, side_px), Image.Resampling.BICUBIC))
+        yield Sample(np.repeat(larger[..., None], 3, axis=-1), int(label), f"image {position}")
 
 
 def cifar(root: Path, data: Data, how: str) -> Source:
