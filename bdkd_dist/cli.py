@@ -158,12 +158,13 @@ def submit(
     detach: Annotated[bool, typer.Option("--detach", help="Print the job's id and leave it alone.")] = False,
 ) -> None:
     """Run a command line as a job on a Ray cluster, show its log, and end as it ends."""
-    from bdkd_dist.launch import jobs
+    from bdkd_dist.launch import submission
+    from bdkd_dist.launch.jobs import Jobs
 
-    name = jobs.command_of(command)
+    name = submission.command_of(command)
     parsed = typer.main.get_command(app).commands[name].make_context(f"bdkd {name}", command[1:])  # type: ignore[attr-defined]
-    jobs.check(command, parsed.params, Path.cwd())
-    cluster = jobs.Jobs(address)
+    submission.check(command, parsed.params, Path.cwd())
+    cluster = Jobs(address)
     job = cluster.submit(command, Path.cwd())
     print(job, flush=True)
     _say(cluster.hint(job))
@@ -297,8 +298,8 @@ def _report_shift(folder: "RunFolder") -> None:  # type: ignore[name-defined]  #
 
 
 def _report_ood(folder: "RunFolder", source: str) -> None:  # type: ignore[name-defined]  # noqa: F821
-    from bdkd_dist.data.sources.storage import shown
     from bdkd_dist.records import shift as records
+    from bdkd_dist.uris import shown
 
     path = records.ood_path(folder.path, shown(source))
     print_table(console, records.ood_table(records.read(path)))

@@ -12,10 +12,11 @@ from bdkd_dist.data.beton import Beton
 from bdkd_dist.data.prepare import Progress, prepare
 from bdkd_dist.data.prepared import Prepared, is_prepared, read_manifest, verify
 from bdkd_dist.data.remote import find_remote, with_tables_only
-from bdkd_dist.data.sources.storage import Place, is_uri, shown
+from bdkd_dist.data.sources.storage import Place
 from bdkd_dist.data.splits import Indices, limit, stratified
 from bdkd_dist.data.stage import stage
 from bdkd_dist.errors import UserError
+from bdkd_dist.uris import is_uri, shown
 
 
 @dataclass(frozen=True)

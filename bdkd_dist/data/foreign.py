@@ -6,8 +6,8 @@ from bdkd_dist.config import Data
 from bdkd_dist.data.prepare import Progress, prepare_source
 from bdkd_dist.data.prepared import Prepared, verify
 from bdkd_dist.data.sources import Source, find_source
-from bdkd_dist.data.sources.storage import shown
 from bdkd_dist.errors import UserError
+from bdkd_dist.uris import shown
 
 SPLITS = ("test", "validation", "train")
 """The first of these that has images is taken; as in a run's own data, a validation split stands in for the test."""

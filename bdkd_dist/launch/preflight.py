@@ -13,10 +13,10 @@ from bdkd_dist import models
 from bdkd_dist.config import Recipe
 from bdkd_dist.data import jpeg
 from bdkd_dist.data.node_folder import node_folder
-from bdkd_dist.data.sources.storage import has_secret, shown
 from bdkd_dist.engine.checkpoint import KEPT, load_teacher
 from bdkd_dist.errors import UserError
 from bdkd_dist.launch.run_folder import RunFolder
+from bdkd_dist.uris import has_secret, shown
 
 RECORDS_BYTES = 64 * 2**20
 """Room for TensorBoard, figures and predictions of a run of usual length."""

@@ -12,11 +12,12 @@ import ray
 from rich.table import Table
 from rich.text import Text
 
-from bdkd_dist.data.sources.storage import Place, is_uri, shown
+from bdkd_dist.data.sources.storage import Place
 from bdkd_dist.errors import UserError, first_line
 from bdkd_dist.launch import cluster, node_probe
 from bdkd_dist.launch.doctor import NEEDED_FREE_BYTES, SHARED_MEMORY_BYTES
 from bdkd_dist.launch.node_probe import NodeProbe, holds
+from bdkd_dist.uris import is_uri, shown
 
 ANSWER_WITHIN_S = 60.0
 """For the first answer of a node: it starts a Python process there, which imports torch."""

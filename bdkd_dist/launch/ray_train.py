@@ -21,7 +21,6 @@ from ray.train.v2._internal.execution.callback import ControllerCallback
 
 from bdkd_dist.config import Recipe
 from bdkd_dist.data.node_folder import node_folder
-from bdkd_dist.data.sources.storage import is_uri
 from bdkd_dist.engine.observer import Observer
 from bdkd_dist.errors import first_line
 from bdkd_dist.launch import cluster
@@ -29,6 +28,7 @@ from bdkd_dist.launch.local import stop_on_signal, wants_cuda
 from bdkd_dist.launch.ray_worker import ENDS, ENDS_OF_ONE_RANK, is_loss, ray_worker
 from bdkd_dist.launch.relay import Relay
 from bdkd_dist.launch.vigil import Vigil, WorkersLost
+from bdkd_dist.uris import is_uri
 
 POLL_S = 0.5
 RESIZE_EVERY_S = 30.0

@@ -15,7 +15,7 @@ from bdkd_dist.data.foreign import prepare_foreign
 from bdkd_dist.data.loader import chosen
 from bdkd_dist.data.order import num_batches
 from bdkd_dist.data.prepared import verify
-from bdkd_dist.data.sources.storage import Place, is_uri
+from bdkd_dist.data.sources.storage import Place
 from bdkd_dist.engine.checkpoint import KEPT, Checkpoints, load
 from bdkd_dist.engine.loop import Trainer
 from bdkd_dist.engine.observer import Observers
@@ -27,6 +27,7 @@ from bdkd_dist.records.environment import write_environment
 from bdkd_dist.records.files import atomic_write
 from bdkd_dist.records.printing import warner
 from bdkd_dist.records.progress import Progress
+from bdkd_dist.uris import is_uri
 
 
 def train(recipe: Recipe, console: Console, address: str | None = None) -> RunFolder:

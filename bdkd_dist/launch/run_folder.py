@@ -18,10 +18,11 @@ import yaml
 from bdkd_dist import config
 from bdkd_dist.config import Recipe
 from bdkd_dist.data.node_folder import node_folder
-from bdkd_dist.data.sources.storage import Place, is_uri
+from bdkd_dist.data.sources.storage import Place
 from bdkd_dist.engine.patience import patiently
 from bdkd_dist.errors import UserError
 from bdkd_dist.launch.lease import Lease
+from bdkd_dist.uris import is_uri
 
 SEEN_WITHIN_S = 10.0
 """How long a network file system may take to show one node what another wrote."""

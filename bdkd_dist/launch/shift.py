@@ -16,7 +16,6 @@ from bdkd_dist.data.corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from bdkd_dist.data.loader import Batch, Loader, open_loader
 from bdkd_dist.data.order import Indices, rank_shard
 from bdkd_dist.data.prepare import Prepared
-from bdkd_dist.data.sources.storage import shown
 from bdkd_dist.engine.evaluate import Evaluator, Outputs
 from bdkd_dist.engine.loop import Trainer
 from bdkd_dist.launch.run_folder import RunFolder
@@ -26,6 +25,7 @@ from bdkd_dist.metrics.ranking import auroc, levels
 from bdkd_dist.records import shift as records
 from bdkd_dist.records.figures import save_png
 from bdkd_dist.records.results import read_results
+from bdkd_dist.uris import shown
 
 CLEAN = ("clean", 0)
 VARIANTS = (CLEAN, *((corruption, severity) for corruption in CORRUPTIONS for severity in SEVERITIES))

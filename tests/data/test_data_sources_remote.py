@@ -10,8 +10,8 @@ from fake_s3 import Bucket, serve
 from fake_sources import PNGS, data, images, refuse, write_folder, write_shard, write_splits, write_tar
 
 from bdkd_dist.data.sources import Source, find_source, open_source
-from bdkd_dist.data.sources.storage import shown
 from bdkd_dist.errors import UserError
+from bdkd_dist.uris import shown
 
 
 @pytest.fixture

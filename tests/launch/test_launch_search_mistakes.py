@@ -12,7 +12,7 @@ from rich.console import Console
 
 from bdkd_dist import config
 from bdkd_dist.errors import UserError
-from bdkd_dist.launch import jobs
+from bdkd_dist.launch import submission
 from bdkd_dist.launch.run_folder import RunFolder
 from bdkd_dist.launch.tune import search
 from bdkd_dist.launch.tune.folder import SearchFolder
@@ -119,7 +119,7 @@ def test_a_job_is_sent_with_a_space_that_travels_and_fits(tmp_path: Path) -> Non
 
     def check(space: str, *overrides: str) -> None:
         given = {"space": space, "recipe": "digits", "overrides": [*overrides]}
-        jobs.check(arguments, given, tmp_path)
+        submission.check(arguments, given, tmp_path)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path)

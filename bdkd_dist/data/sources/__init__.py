@@ -14,9 +14,10 @@ from bdkd_dist.data.sources.arrays import CIFAR_FOLDERS, cifar, digits
 from bdkd_dist.data.sources.base import Piece, Sample, Source, SourceSplit, files_by_split, is_image, source_name
 from bdkd_dist.data.sources.folders import flat_folder, image_folder
 from bdkd_dist.data.sources.parquet import fingerprint_of_shards, parquet_shards
-from bdkd_dist.data.sources.storage import File, Place, in_parallel, shown
+from bdkd_dist.data.sources.storage import File, Place, in_parallel
 from bdkd_dist.data.sources.tars import fingerprint_of_tars, tar_files
 from bdkd_dist.errors import UserError
+from bdkd_dist.uris import shown
 
 __all__ = ["Piece", "Sample", "Source", "SourceSplit", "find_source", "listed_source", "open_source"]
 

@@ -19,8 +19,9 @@ from bdkd_dist.data.sources.base import (
     fingerprint,
     source_name,
 )
-from bdkd_dist.data.sources.storage import File, Place, in_parallel, shown
+from bdkd_dist.data.sources.storage import File, Place, in_parallel
 from bdkd_dist.errors import UserError
+from bdkd_dist.uris import shown
 
 BATCH_ROWS = 32
 

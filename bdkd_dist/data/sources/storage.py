@@ -1,7 +1,6 @@
 """Folders on any file system that pyarrow knows: local, S3, GCS, Azure, HDFS."""
 
 import os
-import re
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -11,17 +10,16 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import urlsplit
 
 from bdkd_dist.errors import UserError, first_line, unknown
+from bdkd_dist.uris import is_uri, shown
 
 T = TypeVar("T")
 R = TypeVar("R")
 SCHEMES = ("abfs", "abfss", "file", "gcs", "gs", "hdfs", "s3", "viewfs")
 OBJECT_STORES = ("abfs", "abfss", "gcs", "gs", "s3")
 """An object appears there when it was sent whole; elsewhere a file is written beside and renamed."""
-SECRETS = ("account_key", "client_secret", "sas_token", "secret_key", "session_token", "token")
-"""Keys of a URI's query that must not be kept."""
 THREADS = 16
 """Requests under way at once: they wait for the network, not for a core."""
 LOCAL_BUFFER_BYTES = 2**20
@@ -239,24 +237,6 @@ def in_parallel(function: Callable[[T], R], items: Iterable[T]) -> list[R]:
         return list(pool.map(function, items))
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
-
-
-def shown(root: str) -> str:
-    """Return a path or URI without what may be secret in it: keys before the host and the query."""
-    return re.sub(r"//[^@]*:.*@", "//", root.partition("?")[0]) if is_uri(root) else root
-
-
-def has_secret(root: str) -> bool:
-    """Return whether a URI holds a key that must not be kept."""
-    if not is_uri(root):
-        return False
-    parts = urlsplit(root)
-    return parts.password is not None or not parse_qs(parts.query).keys().isdisjoint(SECRETS)
-
-
-def is_uri(root: str) -> bool:
-    """Return whether a place is named by a URI, not by a path."""
-    return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", root) is not None
 
 
 @lru_cache

@@ -37,8 +37,9 @@ from bdkd_dist.data.sources.base import (
     mixed_order,
     source_name,
 )
-from bdkd_dist.data.sources.storage import File, Place, in_parallel, shown
+from bdkd_dist.data.sources.storage import File, Place, in_parallel
 from bdkd_dist.errors import UserError
+from bdkd_dist.uris import shown
 
 WEB_SUFFIXES = {"jpg", "jpeg", "png", "webp"}
 CLASS_NAMES = "classnames.txt"

@@ -16,7 +16,6 @@ from rich.console import Console
 from bdkd_dist import config
 from bdkd_dist.config import Recipe
 from bdkd_dist.data.node_folder import node_folder
-from bdkd_dist.data.sources.storage import is_uri
 from bdkd_dist.errors import UserError, unknown
 from bdkd_dist.launch import preflight
 from bdkd_dist.launch.local import stop_on_signal
@@ -36,6 +35,7 @@ from bdkd_dist.records.printing import warner
 from bdkd_dist.records.search_progress import SearchProgress
 from bdkd_dist.records.search_tables import chosen
 from bdkd_dist.records.trials import Trial
+from bdkd_dist.uris import is_uri
 
 NUM_TRIALS = 20
 DEFAULTS = {"goal": "nll", "search": "tpe", "test": "best"}
