@@ -9,8 +9,8 @@
 2. `bdkd train` trains every method with every seed; kd learns from the teacher of ce's run of its seed;
 3. `bdkd compare` lays them side by side, and the table is printed.
 
-The student of the tuned BD-KD has a moving average beside it, which costs nothing: a row of its own. `--beyond` trains
-the tuned BD-KD once more under stronger augmentation and for twice as long.
+The student of the tuned BD-KD has a moving average beside it, which costs next to nothing: a row of its own.
+`--beyond` trains the tuned BD-KD once more under stronger augmentation, and once more for twice as long.
 
 What is finished is not repeated: cut off, or after `--minutes`, the same command goes on; with `--carry FOLDER` on
 another machine too, for it leaves all that is needed there in parts of at most 15 MiB (with the same `--out`). The text
@@ -216,6 +216,7 @@ def report(out: Path, pair: str, scale: Scale, weighting: Path, methods: list[st
         f"\n`{TUNED}` is the best of {scale.num_trials} trials by validation NLL: {found}.",
         f"`{AVERAGED}` is the moving average of its student's weights over training (decay {scale.ema_decay} a step).",
     ]
+    lines += [f"`{method}`: {' '.join(scale.beyond[method])}." for method in methods if method in scale.beyond]
     if pair in scale.anchors:
         lines.append(f"Published top-1 %: {scale.anchors[pair]}; {PUBLISHED}.")
     return "\n".join(lines)
