@@ -4,8 +4,8 @@
 BIN := .venv/bin
 # Two at a time, files whole (their fixtures are runs), one thread each: small networks gain nothing from more.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile
-# One at a time: several Ray nodes fill the cores.
-CLUSTER := OMP_NUM_THREADS=1 $(BIN)/pytest -q -m cluster
+# Two files at a time, too: while Ray starts its processes, one after the other, half of the cores are idle.
+CLUSTER := OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile -m cluster
 
 help:   ## what can be made
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/' | expand -t 24

@@ -5,9 +5,11 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,16 +36,24 @@ class RayHead:
 
 
 @contextmanager
-def head(folder: Path, address: str, num_cpus: int = 2, **extra: str) -> Iterator[RayHead]:
-    """Start a head node; all that runs on it ends with it.
+def head(address: str, num_cpus: int = 2, **extra: str) -> Iterator[RayHead]:
+    """Start a head node; all that runs on it, and what Ray wrote, ends with it.
 
     Args:
-        folder: New; Ray's files go there. Its path is short: Ray's sockets lie in it.
         address: On the loopback network.
         num_cpus: That it says it has.
         extra: Of its environment.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    # Ray's sockets lie in it, whose paths must be short.
+    with (
+        tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as folder,
+        _head(Path(folder), address, num_cpus, extra) as started,
+    ):
+        yield started
+
+
+@contextmanager
+def _head(folder: Path, address: str, num_cpus: int, extra: dict[str, str]) -> Iterator[RayHead]:
     (folder / "token").write_text(TOKEN)
     environment = runs.environment() | {
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",  # as `source .venv/bin/activate` has it
@@ -72,6 +82,13 @@ def joined(to: RayHead, address: str, *arguments: str, **extra: str) -> Iterator
     with _started(log, address, [*arguments], to.environment | extra, {core}) as pid:
         children = subprocess.run(["pgrep", "-P", str(pid), "raylet"], capture_output=True, text=True, check=True)
         yield int(children.stdout)
+
+
+@contextmanager
+def all_joined(to: RayHead, addresses: Sequence[str], **extra: str) -> Iterator[list[int]]:
+    """Start several nodes at once; see :func:`joined`."""
+    with ExitStack() as stack, ThreadPoolExecutor(len(addresses)) as pool:
+        yield list(pool.map(lambda address: stack.enter_context(joined(to, address, **extra)), addresses))
 
 
 def free_port(address: str) -> int:

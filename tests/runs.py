@@ -25,6 +25,9 @@ SMALL = [
     "train.log_every_steps=2",
     "train.checkpoint_every_steps=3",
 ]
+# On clusters: the torch loader compiles nothing, and small images take little.
+LIGHT = ("data.loader=torch", "data.threads=1", "data.image_px=16")
+TWO = ("launch.workers=2", *LIGHT)
 
 
 def command(cache: Path, storage: Path, *overrides: str, name: str = "run", recipe: str = "digits") -> list[str]:
@@ -84,6 +87,13 @@ def assert_same_weights(one: Path, other: Path) -> None:
             assert torch.equal(value, second["networks"][name][key]), f"{name}.{key} differs"
     for key, momentum in first["optimizer"]["state"].items():
         assert torch.equal(momentum["momentum_buffer"], second["optimizer"]["state"][key]["momentum_buffer"])
+
+
+def assert_equal_runs(one: Path, other: Path) -> None:
+    """Check weights, momentum, metrics and TensorBoard's points for equality, bit for bit."""
+    assert_same_weights(one, other)
+    assert (one / "metrics.jsonl").read_bytes() == (other / "metrics.jsonl").read_bytes()
+    assert event_points(one) == event_points(other)
 
 
 def event_points(folder: Path) -> Counter[tuple[str, int]]:

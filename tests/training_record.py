@@ -1,10 +1,11 @@
 """A record, made in the workers themselves, of which samples were trained on in which step."""
 
 import json
+from collections import Counter
 from pathlib import Path
 
 RECORDER = '''
-import importlib.machinery, json, os, sys, time
+import importlib.machinery, json, sys, time
 
 
 class Finder:
@@ -25,7 +26,11 @@ class Finder:
                 with open({record!r}, "a") as file:
                     file.write(json.dumps(line) + "\\n")
                 step(self, batch)
-                time.sleep(float(os.environ.get("PAUSE_S", 0)))
+                try:
+                    with open({slow!r}) as slow:
+                        time.sleep(float(slow.read()))
+                except FileNotFoundError:
+                    pass
 
             module.Trainer._train_step = recorded
 
@@ -42,8 +47,32 @@ class Record:
 
     def __init__(self, folder: Path):
         self.path = folder / "record.jsonl"
-        (folder / "sitecustomize.py").write_text(RECORDER.replace("{record!r}", repr(str(self.path))))
+        self._slow = folder / "slow"
+        recorder = RECORDER.replace("{record!r}", repr(str(self.path))).replace("{slow!r}", repr(str(self._slow)))
+        (folder / "sitecustomize.py").write_text(recorder)
         self.environment = {"PYTHONPATH": str(folder)}
+
+    def slow_down(self, step_s: float) -> None:
+        """Let every step take so long at least, so that there is time for what is to happen amid them."""
+        written = self._slow.with_suffix(".partial")
+        written.write_text(str(step_s))
+        written.replace(self._slow)
+
+    def speed_up(self) -> None:
+        """Let steps take what they take again."""
+        self._slow.unlink()
+
+    def assert_each_sample_once(self, epochs: int, steps: int) -> None:
+        """Check that each epoch was trained on every sample, once, in so many steps altogether."""
+        done = self.steps()
+        assert list(done) == list(range(steps))
+        counts: dict[int, Counter[int]] = {}
+        for epoch, _, samples in done.values():
+            counts.setdefault(epoch, Counter()).update(samples)
+        assert list(counts) == list(range(epochs))
+        for of_epoch in counts.values():
+            assert of_epoch.keys() == counts[0].keys()
+            assert set(of_epoch.values()) == {1}
 
     def steps(self) -> dict[int, tuple[int, int, list[int]]]:
         """Return (epoch, number of workers, samples) of every step."""

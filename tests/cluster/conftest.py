@@ -1,13 +1,12 @@
 """A head on which drivers run, without room for workers, and what runs on it are compared with."""
 
-import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 import ray_node
-import two_ranks
+import without_ray
+from runs import TWO
 from training_record import Record
 
 
@@ -15,15 +14,14 @@ from training_record import Record
 def ray_head() -> Iterator[ray_node.RayHead]:
     """The head node; workers find no CPU on it. It asks nodes often whether they live, and waits for busy ones."""
     asked = {"RAY_health_check_period_ms": "1000", "RAY_health_check_failure_threshold": "15"}
-    with ExitStack() as stack:
-        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="ray"))
-        yield stack.enter_context(ray_node.head(Path(folder), "127.0.0.2", 0, **asked))
+    with ray_node.head("127.0.0.2", num_cpus=0, **asked) as head:
+        yield head
 
 
 @pytest.fixture(scope="package")
 def unbroken(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two ranks that no Ray started and nobody interrupted."""
-    return two_ranks.train(cache, tmp_path_factory.mktemp("unbroken"))
+    return without_ray.train_two_ranks(cache, tmp_path_factory.mktemp("unbroken"), *TWO)
 
 
 @pytest.fixture

@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 import ray_node
-import runs
 import searches
+import without_ray
+from driver import Driver
 from ray_node import RayHead
 from runs import assert_same_weights, environment, metric_lines
 from searches import TINY, records
-from test_cluster_faults import Driver
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.cluster, pytest.mark.timeout(900)]
 
@@ -73,19 +73,18 @@ def test_more_trials_than_fit_each_of_two_workers_and_stopped_early_leave_the_cl
     arguments = search(
         cache,
         tmp_path,
-        searches.grid(lr=[0.05, 0.00001, 0.000005, 0.000001]),
+        searches.grid(lr=[0.05, 0.00001, 0.000001]),
         *("--scheduler", "asha", "launch.workers=2", "launch.placement=spread"),
     )
-    with ExitStack() as stack:
-        stack.enter_context(ray_node.joined(ray_head, "127.0.0.3"))
-        stack.enter_context(ray_node.joined(ray_head, "127.0.0.4"))
-        ends(Driver(ray_head, arguments, tmp_path / "driver.log"))
+    driver = Driver(ray_head, arguments, tmp_path / "driver.log")  # it waits for the nodes
+    with ray_node.all_joined(ray_head, ["127.0.0.3", "127.0.0.4"]):
+        ends(driver)
         there, free, groups = left(ray_head)
     assert there == {"CPU": 2}
     assert free == there
     assert groups == []
     trials = records(tmp_path / "search")
-    assert [trial["status"] for trial in trials] == ["finished", "stopped", "stopped", "stopped"]
+    assert [trial["status"] for trial in trials] == ["finished", "stopped", "stopped"]
     assert all(len(trial["reports"]) == 1 for trial in trials[1:])
     assert trials[0]["device_s"] == pytest.approx(2 * sum(report["wall_s"] for report in trials[0]["reports"]))
 
@@ -112,10 +111,7 @@ def test_a_trial_whose_node_dies_goes_on_elsewhere_to_the_same_bits(
 ) -> None:
     epochs = "train.epochs=6"
     arguments = search(cache, tmp_path, searches.grid(lr=[0.05]), "--scheduler", "none", epochs)
-    places = [f"data.prepared={cache}", f"run.storage={tmp_path}", "run.name=alone"]
-    alone = [str(runs.BDKD), "train", "digits", *TINY, *places, epochs, "optimizer.lr=0.05"]
-    one_thread = environment() | {"OMP_NUM_THREADS": "1"}  # as a trial that claims one CPU; sums depend on it
-    subprocess.run(alone, env=one_thread, check=True, capture_output=True, timeout=500)
+    alone = without_ray.train(cache, tmp_path, *TINY, epochs, "optimizer.lr=0.05", name="alone")
     with ExitStack() as stack:
         first = stack.enter_context(ray_node.joined(ray_head, "127.0.0.3"))
         driver = Driver(ray_head, arguments, tmp_path / "driver.log")
@@ -128,5 +124,5 @@ def test_a_trial_whose_node_dies_goes_on_elsewhere_to_the_same_bits(
     assert trial["status"] == "finished"
     assert [report["epoch"] for report in trial["reports"]] == [1, 2, 3, 4, 5, 6]
     run = tmp_path / "search/trials" / trial["name"]
-    assert_same_weights(run, tmp_path / "alone")
-    assert metric_lines(run) == metric_lines(tmp_path / "alone")
+    assert_same_weights(run, alone)
+    assert metric_lines(run) == metric_lines(alone)

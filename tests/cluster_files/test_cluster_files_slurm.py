@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from runs import SMALL
+from runs import SMALL, TWO
 from slurm_cluster import Slurm, finish, slurm
 
 TWO_NODES = {"n2": "192.0.2.7 127.0.0.2 fe80::1", "n3": "127.0.0.3"}  # the first is public: not to be taken
@@ -77,7 +77,7 @@ def test_the_command_sees_all_nodes_and_its_status_is_the_scripts() -> None:
 def test_two_nodes_train_a_recipe_to_its_end(cache: Path, tmp_path: Path) -> None:
     places = [f"data.prepared={cache}", f"run.storage={tmp_path}", "run.name=run"]
     with slurm(TWO_NODES) as job:
-        status, output, errors = finish(job.sbatch("train", "digits", *SMALL, *places, "launch.workers=2"))
+        status, output, errors = finish(job.sbatch("train", "digits", *SMALL, *TWO, *places))
         assert status == 0, output + errors
         results = json.loads((tmp_path / "run/results.json").read_text())
         assert results["step"] == 10

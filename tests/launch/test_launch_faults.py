@@ -10,9 +10,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-import two_ranks
-from runs import assert_same_weights, command, environment, event_points, reached
-from two_ranks import TWO
+import without_ray
+from runs import TWO, assert_equal_runs, command, environment, reached
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray]
 
@@ -20,7 +19,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.ray]
 @pytest.fixture(scope="module")
 def unbroken(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two ranks that no Ray started and nobody interrupted."""
-    return two_ranks.train(cache, tmp_path_factory.mktemp("unbroken"))
+    return without_ray.train_two_ranks(cache, tmp_path_factory.mktemp("unbroken"), *TWO)
 
 
 def kill_a_worker(arguments: list[str], when: Callable[[], bool]) -> tuple[int, str, str]:
@@ -75,9 +74,7 @@ def test_a_killed_worker_costs_no_bit_whether_it_is_restarted_or_the_command_typ
     assert line.startswith("lost the ")  # worker of rank 0; or the connection, seen from rank 1
     assert "restart 1 of at most 3" in line
 
-    assert_same_weights(run, unbroken)
-    assert (run / "metrics.jsonl").read_bytes() == (unbroken / "metrics.jsonl").read_bytes()
-    assert event_points(run) == event_points(unbroken)
+    assert_equal_runs(run, unbroken)
 
 
 FAULTS = """

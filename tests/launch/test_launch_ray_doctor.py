@@ -31,9 +31,9 @@ for node in ray_doctor.examine(sys.argv[1], within_s=20):
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayHead]:
+def cluster() -> Iterator[RayHead]:
     keys = {"AWS_ACCESS_KEY_ID": s3_server.ACCESS, "AWS_SECRET_ACCESS_KEY": s3_server.SECRET}
-    with ray_node.head(tmp_path_factory.mktemp("ray"), HEAD, **keys) as head:
+    with ray_node.head(HEAD, **keys) as head:
         head.environment.update(keys)
         yield head
 

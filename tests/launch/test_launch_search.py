@@ -15,7 +15,7 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 import searches
-import two_ranks
+import without_ray
 import yaml
 from rich.console import Console
 from runs import assert_same_weights, break_off, environment, event_points, execute
@@ -280,11 +280,11 @@ def test_a_trial_that_loses_one_of_its_two_workers_goes_on_to_the_same_bits(
     written: Callable[[str], Path], cache: Path, tmp_path: Path
 ) -> None:
     space = written(searches.grid(lr=[0.05]))
-    words = ("--scheduler", "none", "launch.workers=2", "train.epochs=5")
+    words = ("launch.workers=2", "train.epochs=5", "data.loader=torch", "data.threads=1")
     # What it is compared with no Ray has started.
-    unbroken = two_ranks.train(cache, tmp_path, *searches.TINY, "train.epochs=5", "optimizer.lr=0.05")
+    unbroken = without_ray.train_two_ranks(cache, tmp_path, *searches.TINY, *words, "optimizer.lr=0.05")
     process = subprocess.Popen(
-        command(space, cache, tmp_path, *words, name="broken"),
+        command(space, cache, tmp_path, *words, "--scheduler", "none", name="broken"),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -11,6 +11,7 @@ import pytest
 import torch
 from runs import (
     BDKD,
+    assert_equal_runs,
     assert_same_weights,
     break_off,
     command,
@@ -108,9 +109,7 @@ def test_killed_inside_an_epoch_it_ends_with_the_same_bits(
     assert status == -signal.SIGKILL
     assert not (tmp_path / "run/results.json").exists()
     execute(arguments)
-    assert_same_weights(tmp_path / "run", unbroken)
-    assert (tmp_path / "run/metrics.jsonl").read_bytes() == (unbroken / "metrics.jsonl").read_bytes()
-    assert event_points(tmp_path / "run") == event_points(unbroken)
+    assert_equal_runs(tmp_path / "run", unbroken)
     results = [json.loads((folder / "results.json").read_text()) for folder in (tmp_path / "run", unbroken)]
     assert results[0] == results[1]
 
@@ -127,9 +126,7 @@ def test_ctrl_c_finishes_the_step_and_says_how_to_go_on(
     execute([str(BDKD), "evaluate", str(tmp_path / "run")])  # looks at it as it stands, and does not end it
     assert (tmp_path / f"run/evaluations/step-{step:08d}/results.json").is_file()
     execute(arguments)
-    assert_same_weights(tmp_path / "run", unbroken)
-    assert (tmp_path / "run/metrics.jsonl").read_bytes() == (unbroken / "metrics.jsonl").read_bytes()
-    assert event_points(tmp_path / "run") == event_points(unbroken)
+    assert_equal_runs(tmp_path / "run", unbroken)
 
 
 def test_images_kept_on_the_device_train_alike(cache: Path, unbroken: Path, tmp_path: Path) -> None:
