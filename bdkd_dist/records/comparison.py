@@ -169,12 +169,13 @@ class Comparison:
 
     @property
     def repeated(self) -> list[tuple[str, str]]:
-        """Pairs of runs of one recipe and one seed: what parts them is no choice of the seed."""
-        first: dict[tuple[str, int, Any], str] = {}
+        """Pairs of runs of one recipe and one seed, their teachers' too: what parts them is no choice of the seed."""
+        first: dict[tuple[str, int, int | None], str] = {}
         pairs = []
         for method in self.methods:
             for run in method.runs:
-                earlier = first.setdefault((method.key, run.seed, run.teacher and run.teacher[SEED]), run.name)
+                of_teacher = None if run.teacher is None else run.teacher[SEED]
+                earlier = first.setdefault((method.key, run.seed, of_teacher), run.name)
                 if earlier != run.name:
                     pairs.append((earlier, run.name))
         return pairs

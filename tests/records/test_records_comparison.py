@@ -19,7 +19,7 @@ from bdkd_dist.config import flatten
 from bdkd_dist.engine.evaluate import Outputs, predictions
 from bdkd_dist.errors import UserError
 from bdkd_dist.metrics import CalibrationState
-from bdkd_dist.records.comparison import Comparison, Run, method_labels, pooled
+from bdkd_dist.records.comparison import Comparison, Run, pooled
 from bdkd_dist.records.comparison_bootstrap import Said
 from bdkd_dist.records.comparison_figures import accuracy_ece_figure, reliability_rows, save_stacked_png
 from bdkd_dist.records.comparison_report import (
@@ -85,39 +85,7 @@ def four(tmp_path_factory: pytest.TempPathFactory) -> list[Run]:
     ]
 
 
-# --- which runs are one method, and what it is called
-
-
-def labels(*overrides: Sequence[str]) -> list[str]:
-    recipes = [flatten(config.load("digits", list(keys)).to_dict()) for keys in overrides]
-    return method_labels(recipes)
-
-
-def test_a_method_is_called_by_what_is_its_own() -> None:
-    bdkd, dml = "objective.name=bdkd", "objective.name=dml"
-    assert labels([bdkd], [dml]) == ["objective bdkd", "objective dml"]
-    assert labels([bdkd, "optimizer.lr=0.05"], [dml, "optimizer.lr=0.1"]) == ["bdkd, lr 0.05", "dml, lr 0.1"]
-    assert labels(["optimizer.lr=0.05"], ["optimizer.lr=0.012345678"]) == ["lr 0.05", "lr 0.01235"]
-    several = ["models.students=[resnet8,resnet14]"]
-    assert labels([], several) == ["student resnet8", "students [resnet8,resnet14]"]
-    resize = "data.resize={start_px: 16, end_px: 32, to_epoch: 5, multiple_px: 8}"
-    steps = "start_px 16, end_px 32, from_epoch 0, to_epoch 5, multiple_px 8"
-    assert labels([], [resize]) == ["resize none", steps]
-    assert labels([], ["optimizer.clip_grad_norm=2"]) == ["clip_grad_norm none", "clip_grad_norm 2"]
-
-
-def test_parameters_are_told_among_the_methods_of_one_objective() -> None:
-    found = labels(["objective.nu_reverse=2.5"], ["objective.nu_reverse=3"], ["objective.name=dml"])
-    assert found == ["bdkd, nu_reverse 2.5", "bdkd, nu_reverse 3", "dml"]
-
-
-def test_a_teacher_is_told_among_the_methods_of_one_objective() -> None:
-    kd, by = ["objective.name=kd"], "models.teacher_checkpoint"
-    assert labels([*kd, f"{by}=runs/ce-0"], ["objective.name=dml"]) == ["objective kd", "objective dml"]
-    assert labels([*kd, f"{by}=runs/ce-0"], [*kd, f"{by}=runs/long"]) == [
-        "teacher_checkpoint ce-0",
-        "teacher_checkpoint long",
-    ]
+# --- which runs are one method
 
 
 def test_runs_that_differ_in_seed_and_place_alone_are_one_method(four: list[Run], tmp_path: Path) -> None:
@@ -152,6 +120,8 @@ def test_runs_taught_by_teachers_that_differ_in_seed_alone_are_one_method(four: 
     ]
     again = taught(four[0], "kd-1 by ce-2", "ce-2", "train.seed=2")
     assert Comparison.of([*runs, again]).repeated == [], "teachers of two seeds"
+    copied = taught(four[0], "kd-1 by a copy", "copy", "train.seed=1")
+    assert Comparison.of([*runs, copied]).repeated == [("kd-1", "kd-1 by a copy")]
 
 
 def test_a_single_method_is_called_by_its_run(four: list[Run]) -> None:
