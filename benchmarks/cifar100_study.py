@@ -5,7 +5,7 @@
     .venv/bin/python benchmarks/cifar100_study.py --cifar100 FOLDER --scale full --beyond
 
 1. `bdkd tune tune_spaces/bdkd_weighting.py` looks for BD-KD's best weighting on the validation split (without Ray,
-   `--weighting FILE` takes the best.yaml of an earlier search);
+   `--weighting FILE` takes the best.yaml of an earlier search; what is carried holds it, too);
 2. `bdkd train` trains every method with every seed; kd learns from the teacher of ce's run of its seed;
 3. `bdkd compare` lays them side by side, and the table is printed.
 
@@ -13,8 +13,9 @@ The student of the tuned BD-KD has a moving average beside it, which costs next 
 `--beyond` trains the tuned BD-KD once more under stronger augmentation, and once more for twice as long.
 
 What is finished is not repeated: cut off, or after `--minutes`, the same command goes on; with `--carry FOLDER` on
-another machine too, for it leaves all that is needed there in parts of at most 15 MiB (with the same `--out`). The text
-printed belongs into benchmarks/results/, from where benchmarks/tables.py puts it into the README.
+another machine too, for after each run, and at its end, it leaves all that is needed there in parts of at most 15 MiB.
+`--minutes` cuts trainings alone: no search begins when they are over, but one that has begun goes on to its end. The
+text printed belongs into benchmarks/results/, from where benchmarks/tables.py puts it into the README.
 """
 
 import argparse
@@ -27,7 +28,9 @@ from pathlib import Path
 import yaml
 from carry import pack, unpack
 from machine import header
-from study import OutOfTimeError, Run, bdkd, end_with_children, finished, row, table, train_all, write_subset
+from study import OutOfTimeError, Run, bdkd, end_with_children, finished, over, row, table, train_all, write_subset
+
+from bdkd_dist import config
 
 SEEDS = (0, 1, 2)
 METHODS = ("ce", "kd", "dml", "kdcl", "switokd", "jeffreys", "bdkd")
@@ -106,8 +109,13 @@ def main() -> None:
     scale = SCALES[arguments.scale]
     out = arguments.out.absolute() / arguments.scale
     carried = arguments.carry
-    if carried and any(carried.glob("part-*")) and not out.exists():
+    if carried:
         unpack(carried, out)
+
+    def keep() -> None:
+        if carried:
+            pack(out, carried, teacher_wanted)
+
     data = arguments.cifar100.absolute()
     if scale.classes < 100:
         write_subset(data, out / "data", scale.classes)
@@ -117,15 +125,14 @@ def main() -> None:
     for pair in arguments.pairs or scale.pairs:
         common = [pair, *scale.settings, f"data.root={data}"]
         try:
-            weighting = arguments.weighting or search(out / pair, common, scale)
+            weighting = arguments.weighting or search(out / pair, common, scale, end)
             trained = {**dict.fromkeys(METHODS, ()), TUNED: (f"train.ema_decay={scale.ema_decay}",)}
             trained |= scale.beyond if arguments.beyond else {}
-            train_all(out / pair, runs(out / pair, common, weighting, trained), scale.side_by_side, end)
+            train_all(out / pair, runs(out / pair, common, weighting, trained), scale.side_by_side, end, keep)
         except OutOfTimeError:
             raise SystemExit("the time is over; the same command goes on") from None
         finally:
-            if carried:
-                pack(out, carried, teacher_wanted)
+            keep()
         reports.append(report(out / pair, pair, scale, weighting, list(trained)))
     print("\n".join(reports))
 
@@ -137,7 +144,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--pairs", nargs="*", help="recipes, in place of the scale's own")
     parser.add_argument("--beyond", action="store_true", help="train the tuned BD-KD augmented and for longer, too")
     parser.add_argument("--weighting", type=Path, help="best.yaml of a search of the weighting")
-    parser.add_argument("--minutes", type=float, help="stop after so long, with checkpoints")
+    parser.add_argument("--minutes", type=float, help="end after so long, the last half of one for checkpoints")
     parser.add_argument("--carry", type=Path, help="folder for what another machine needs to go on")
     parser.add_argument("--out", type=Path, default=Path("runs/cifar100_study"))
     return parser.parse_args()
@@ -154,10 +161,19 @@ def run(command: list[str]) -> None:
             raise
 
 
-def search(out: Path, common: list[str], scale: Scale) -> Path:
-    """Find BD-KD's weighting on validation images, and return the recipe that holds it."""
+def search(out: Path, common: list[str], scale: Scale, end: float | None) -> Path:
+    """Find BD-KD's weighting on validation images, and return the recipe that holds it.
+
+    A search that has begun goes on to its end, or until a signal stops it, from where the same command goes on here; on
+    another machine only its result counts.
+
+    Raises:
+        OutOfTimeError: It is not found yet, and the time is over.
+    """
     best = out / "weighting/best.yaml"
     if not best.is_file():
+        if over(end):
+            raise OutOfTimeError
         # A seed of its own: among the seeds of the table, the one that chose would be flattered.
         own = ["train.evaluate_every_epochs=1", f"train.seed={max(SEEDS) + 1}"]
         settings = [*common, *own, f"run.storage={out}", "run.name=weighting"]
@@ -207,6 +223,8 @@ def parameters(weighting: Path) -> list[str]:
 def report(out: Path, pair: str, scale: Scale, weighting: Path, methods: list[str]) -> str:
     """Compare the runs, and return the table with what it needs to be read."""
     names = {method: [name_of(method, seed) for seed in SEEDS] for method in methods}
+    for of_method in names.values():
+        check_one_method(out, of_method)
     folders = [str(out / name) for of_method in names.values() for name in of_method]
     run(bdkd("compare", *folders, "--out", str(out / "comparison")))
     rows = [row(out, f"`{method}`", of_method) for method, of_method in names.items()]
@@ -222,6 +240,18 @@ def report(out: Path, pair: str, scale: Scale, weighting: Path, methods: list[st
     if pair in scale.anchors:
         lines.append(f"Published top-1 %: {scale.anchors[pair]}; {PUBLISHED}.")
     return "\n".join(lines)
+
+
+def check_one_method(out: Path, names: list[str]) -> None:
+    """Raise SystemExit where recipes of runs differ in what is computed, but for the seed and that seed's teacher."""
+    first, *others = (config.load(str(out / name / "recipe.yaml")) for name in names)
+    for name, other in zip(names[1:], others, strict=True):
+        for key, there, here in config.differences(first, other):
+            if key not in ("train.seed", "models.teacher_checkpoint"):
+                raise SystemExit(
+                    f"{out}: {key} is {there} in {names[0]} and {here} in {name}: no one method; delete what is not "
+                    "wanted, and the same command trains it again"
+                )
 
 
 if __name__ == "__main__":

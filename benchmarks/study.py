@@ -10,7 +10,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+STOP_S = 30.0
+"""For so long before the end a run may finish its step and keep a checkpoint."""
 COLUMNS = ("student top-1 %", "student ECE %", "ECE % T-scaled", "student NLL", "teacher top-1 %")
 
 
@@ -34,7 +36,7 @@ class Run:
 
 
 class OutOfTimeError(Exception):
-    """The time is over; the runs that were going on have checkpoints."""
+    """The time is over; the runs that were going on go on from their checkpoints."""
 
 
 def end_with_children() -> None:
@@ -47,14 +49,27 @@ def bdkd(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "bdkd_dist", *arguments]
 
 
-def train_all(out: Path, runs: Iterable[Run], side_by_side: int, end: float | None = None) -> None:
+def over(end: float | None) -> bool:
+    """Whether what is left until the end, by :func:`time.monotonic`, is for stopping."""
+    return end is not None and time.monotonic() > end - STOP_S
+
+
+def train_all(
+    out: Path,
+    runs: Iterable[Run],
+    side_by_side: int,
+    end: float | None = None,
+    after_each: Callable[[], None] = lambda: None,
+) -> None:
     """Train what is not finished yet, so many at a time; on a CPU with one thread each.
 
     Args:
         out: Folder of the runs.
         runs: To train, in this order.
         side_by_side: How many at a time: small networks gain nothing from more threads.
-        end: When to stop, by :func:`time.monotonic`.
+        end: By when all has stopped, by :func:`time.monotonic`. Runs are asked to stop :data:`STOP_S` before; one that
+            has not is killed then, and goes on from its last checkpoint.
+        after_each: Called after each run that is finished.
 
     Raises:
         OutOfTimeError: The end came first.
@@ -64,6 +79,8 @@ def train_all(out: Path, runs: Iterable[Run], side_by_side: int, end: float | No
     going: dict[str, subprocess.Popen[str]] = {}
     try:
         while waiting or going:
+            if over(end):
+                raise OutOfTimeError
             for run in [run for run in waiting if run.after is None or finished(out, run.after)]:
                 if len(going) < side_by_side:
                     waiting.remove(run)
@@ -76,13 +93,20 @@ def train_all(out: Path, runs: Iterable[Run], side_by_side: int, end: float | No
                 if not finished(out, name):
                     raise SystemExit(f"{name} failed:\n{(out / f'{name}.log').read_text()[-2000:]}")
                 print(f"{name} done, {len(waiting) + len(going)} to go", file=sys.stderr, flush=True)
-            if end is not None and time.monotonic() > end and (waiting or going):
-                raise OutOfTimeError
+                after_each()
     finally:
         for process in going.values():
             process.send_signal(signal.SIGTERM)  # finishes the step and keeps a checkpoint
         for process in going.values():
-            process.wait()
+            _wait_or_kill(process, end)
+
+
+def _wait_or_kill(process: "subprocess.Popen[str]", end: float | None) -> None:
+    try:
+        process.wait(None if end is None else end - time.monotonic())
+    except subprocess.TimeoutExpired:  # a step that is being compiled takes a minute
+        process.kill()
+        process.wait()
 
 
 def _start(out: Path, run: Run) -> "subprocess.Popen[str]":
