@@ -53,6 +53,8 @@ def test_a_base_is_merged_below_its_recipe() -> None:
         ("optimizer.lr=1e-3", lambda r: r.optimizer.lr, 1e-3),
         ("optimizer.nesterov=false", lambda r: r.optimizer.nesterov, False),
         ("optimizer.clip_grad_norm=none", lambda r: r.optimizer.clip_grad_norm, None),
+        ("data.augment.crop=none", lambda r: r.data.augment.crop, "none"),  # a word of the key's own
+        ("objective.teacher_term=none", lambda r: r.objective.teacher_term, "none"),
         ("schedule.milestones=[3,4]", lambda r: r.schedule.milestones, (3, 4)),
         ("run.name=007", lambda r: r.run.name, "007"),
         ("objective.nu_reverse=3", lambda r: r.objective.nu_reverse, 3.0),

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import yaml
 from pydantic import BaseModel, TypeAdapter, ValidationError
@@ -118,7 +118,7 @@ def _split(override: str) -> tuple[str, Any]:
     key, equals, text = override.partition("=")
     if not equals:
         raise UserError(f"'{override}' is not key=value, e.g. train.epochs=5")
-    if text.lower() in ("null", "none"):
+    if text.lower() == "null" or (text.lower() == "none" and "none" not in get_args(_annotations().get(key))):
         return key, None
     if text[:1] in ("[", "{"):
         try:
@@ -146,17 +146,25 @@ def _set(tree: dict[str, Any], key: str, value: Any) -> None:
 
 def _keys() -> list[str]:
     """Every dotted key that a recipe may hold."""
+    return list(_annotations())
 
-    def walk(model: type[BaseModel], prefix: str) -> Iterator[str]:
+
+def _annotations() -> dict[str, Any]:
+    """What a recipe may hold, by dotted key."""
+
+    def walk(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, Any]]:
         for name, field in model.model_fields.items():
             inner = field.annotation
             if isinstance(inner, type) and issubclass(inner, BaseModel):
                 yield from walk(inner, f"{prefix}{name}.")
             elif name != "objective":
-                yield f"{prefix}{name}"
+                yield f"{prefix}{name}", inner
 
-    parameters = {name for objective in OBJECTIVES.values() for name in _parameters(objective)}
-    return [*walk(Recipe, ""), *(f"objective.{name}" for name in sorted(parameters))]
+    parameters: dict[str, Any] = {}
+    for objective in OBJECTIVES.values():
+        hints = get_type_hints(objective)
+        parameters |= {f"objective.{name}": hints[name] for name in _parameters(objective)}
+    return dict(walk(Recipe, "")) | dict(sorted(parameters.items()))
 
 
 def _parameters(objective: Any) -> list[str]:

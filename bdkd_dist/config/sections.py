@@ -13,7 +13,7 @@ from bdkd_dist.objectives import OBJECTIVES, student_names
 class Section(BaseModel):
     """A part of a recipe: unknown keys are refused, values do not change after loading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class Augmentation(Section):
@@ -23,19 +23,25 @@ class Augmentation(Section):
     """``pad``: zero border of ``pad_px``, then a crop of the image's size; ``resized``: a box of random area and
     aspect ratio (Inception's), resized; ``none``: the evaluation crop."""
     pad_px: int = Field(4, ge=0, le=64)
+    """Width of that border, in pixels of the training images."""
     min_area: float = Field(0.08, gt=0, le=1)
+    """Boxes of ``resized`` have an area of at least this share of the image's, uniform up to all of it."""
     max_aspect: float = Field(4 / 3, ge=1)
     """Boxes of ``resized`` have an aspect ratio in [1/max_aspect, max_aspect], uniform in its logarithm."""
     flip: bool = True
+    """Mirror left and right with probability ½."""
     brightness: float = Field(0.0, ge=0, le=1)
+    """Colour jitter (torchvision's ``ColorJitter``): multiply by a factor uniform in [1 - x, 1 + x]."""
     contrast: float = Field(0.0, ge=0, le=1)
+    """Blend with the mean grey by such a factor."""
     saturation: float = Field(0.0, ge=0, le=1)
-    """Colour jitter: factors uniform in [1 - x, 1 + x] (torchvision's ``ColorJitter``)."""
+    """Blend with the image's own grey by such a factor."""
     hue: float = Field(0.0, ge=0, le=0.5)
     """Shift of the hue, uniform in [-x, x] of the whole circle."""
     rand_ops: int = Field(0, ge=0, le=8)
     """RandAugment (Cubuk et al. 2020): so many operations a sample, drawn from its set; 0 is none."""
     rand_magnitude: int = Field(9, ge=0, le=30)
+    """How strong RandAugment's operations are, on torchvision's scale."""
     cutout_px: int = Field(0, ge=0, le=1024)
     """Side of a square with its centre anywhere in the image that takes the mean colour (DeVries and Taylor 2017)."""
     mixup_alpha: float = Field(0.0, ge=0)
@@ -49,9 +55,13 @@ class Resize(Section):
     """Progressive resizing: training images grow from ``start_px`` to ``end_px`` between two epochs."""
 
     start_px: int = Field(ge=8, le=1024)
+    """Side of the training images at first."""
     end_px: int = Field(ge=8, le=1024)
+    """Side of the training images at last; between the two epochs it follows a straight line."""
     from_epoch: int = Field(0, ge=0)
+    """Epoch, counted from 0, up to which the side is ``start_px``."""
     to_epoch: int = Field(ge=1)
+    """Epoch from which on it is ``end_px``; at most ``train.epochs``."""
     multiple_px: int = Field(32, ge=1)
     """Sizes are rounded to multiples of this."""
 
@@ -73,24 +83,29 @@ class Data(Section):
     ``files`` are the user's own under ``root``."""
     root: str | None = Field(None, min_length=1)
     """A data set that ``bdkd prepare`` made, a folder of Parquet shards or of tars, or an image folder
-    ``train/<class>/…``; the last three also as a URI (``s3://…``, ``gs://…``)."""
+    ``train/<class>/…``, as a path or a URI (``s3://…``, ``gs://…``; what ``bdkd prepare`` made needs another ``stage``
+    than ``shared`` there). For CIFAR also the folder that holds torchvision's."""
     download: bool = False
     """Let torchvision fetch CIFAR (needs a network)."""
     num_classes: int = Field(ge=2)
+    """As many as the data set has."""
     image_px: int = Field(ge=8, le=1024)
     """Side of the square images that the networks see."""
     eval_crop: float = Field(1.0, gt=0, le=1)
     """Side of the centred evaluation crop as a share of the image's shorter side (224/256 = 0.875 is usual)."""
     max_side_px: int = Field(512, ge=16)
-    """Stored images are not larger than this; smaller JPEGs keep their original bytes."""
+    """Stored images have no longer side than this; smaller JPEGs keep their original bytes."""
     jpeg_quality: int = Field(90, ge=1, le=100)
+    """Of images that have to be encoded anew to be stored."""
     validation_fraction: float = Field(0.1, gt=0, lt=1)
-    """Share of the training images held out, class by class, where the source has no validation split."""
+    """Share of the training images held out, class by class, where the source has no validation split, or none beside
+    the one that serves as its test split."""
     train_limit: int | None = Field(None, ge=1)
     """Train on only this many images, drawn class by class (validation and test stay whole)."""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    """Of pixels scaled to [0, 1], per RGB channel; it is subtracted before the networks see them."""
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-    """Normalisation of pixels scaled to [0, 1], per RGB channel."""
+    """Standard deviation of such pixels, by which they are divided."""
     augment: Augmentation = Augmentation()
     resize: Resize | None = None
     """Train on smaller images at first; evaluation is at ``image_px`` throughout."""
@@ -123,12 +138,15 @@ class Models(Section):
     """Networks by name: those of :mod:`bdkd_dist.models`, torchvision's, or one's own as ``module:function``."""
 
     teacher: str
+    """The teacher's network (docs/networks.md)."""
     student: str | None = None
+    """The student's network; this or ``students`` is needed."""
     students: tuple[str, ...] = ()
     """Several students of one teacher, e.g. ``[resnet8,resnet20]``, in place of ``student``: they are called
     ``student_1``, ``student_2`` and so on."""
     teacher_checkpoint: str | None = Field(None, min_length=1)
-    """A run folder, or a checkpoint file, whose teacher this one begins as."""
+    """Weights with which the teacher begins, by path or URI: a finished run (its newest checkpoint's teacher), one
+    checkpoint file, or the file of a bare state dict. Objective ``kd`` needs it and leaves the teacher as it is."""
 
     @model_validator(mode="before")
     @classmethod
@@ -157,11 +175,15 @@ class Optimizer(Section):
     """SGD with momentum; each network has a parameter group of its own."""
 
     lr: float = Field(gt=0)
+    """Learning rate of all networks, before the schedule's factor."""
     momentum: float = Field(0.9, ge=0, lt=1)
+    """Of SGD; 0 is none."""
     nesterov: bool = True
+    """Nesterov's form of momentum."""
     weight_decay: float = Field(5e-4, ge=0)
+    """L2 penalty (added to the gradient) on all parameters, those of batch norm and biases too."""
     clip_grad_norm: float | None = Field(None, gt=0)
-    """Largest gradient norm, per network."""
+    """Largest gradient norm, per network; longer gradients are scaled down to it."""
 
     @model_validator(mode="after")
     def _nesterov_needs_momentum(self) -> "Optimizer":
@@ -174,10 +196,14 @@ class Schedule(Section):
     """Learning rate over training, a pure function of the step."""
 
     kind: Literal["cosine", "step"] = "cosine"
+    """``cosine`` falls to 0 at the end of the last epoch; ``step`` multiplies by ``gamma`` at each milestone."""
     warmup_epochs: float = Field(0.0, ge=0)
+    """The rate rises to ``optimizer.lr`` in a straight line over so many epochs at first; parts of one are allowed."""
     milestones: tuple[int, ...] = ()
-    """Epochs at which ``step`` multiplies the rate by ``gamma``."""
+    """Epochs, counted from 0 and rising, at whose beginning ``step`` multiplies the rate; ``cosine`` does not read
+    them."""
     gamma: float = Field(0.1, gt=0, lt=1)
+    """Factor of ``step``."""
 
     @model_validator(mode="after")
     def _milestones_rise(self) -> "Schedule":
@@ -190,18 +216,22 @@ class Train(Section):
     """The loop."""
 
     epochs: int = Field(ge=1)
+    """Passes over the training images."""
     batch_size: int = Field(ge=2)
-    """Over all workers; it stays what it is when their number changes."""
+    """Images a step, over all workers; it stays what it is when their number changes."""
     micro_batch_size: int | None = Field(None, ge=8)
     """At most so many images on a worker at once: where its share of the batch is larger, gradients add up before the
     step (batch statistics are then those of the parts). For few workers with little memory."""
     seed: int = Field(0, ge=0, lt=2**63)
+    """Decides initial weights, order and augmentation; which images are held out does not depend on it."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Autocast type of the networks; losses are float32 in any case."""
+    """Autocast type of the networks (``fp16`` with a gradient scaler); losses are float32 in any case."""
     batchnorm: Literal["sync", "local"] = "sync"
-    """``sync``: statistics over the whole batch, so results do not depend on the number of workers."""
+    """``sync``: statistics over the whole batch, so results do not depend on the number of workers; ``local``: over
+    each worker's own images."""
     ema_decay: float | None = Field(None, gt=0, lt=1)
-    """Keep a moving average of each student, evaluated beside it as ``student_ema``."""
+    """Keep a moving average of each student's weights (after every step, decay × average + (1 - decay) × weights),
+    evaluated and exported beside it as ``student_ema``."""
     gradient_compression: Literal["none", "bf16"] = "none"
     """``bf16`` halves what workers send each other: gradients are rounded before they are added up."""
     compile: bool = False
@@ -209,7 +239,9 @@ class Train(Section):
     gradient_shares: bool = False
     """Record each term's share of the gradient at the logits (one more pass through the objective a step)."""
     evaluate_every_epochs: int = Field(1, ge=1)
+    """Evaluate on the validation images after every so many epochs, and after the last."""
     log_every_steps: int = Field(20, ge=1)
+    """Record the means of losses and diagnostics after every so many steps."""
     checkpoint_every_steps: int | None = Field(None, ge=1)
     """Checkpoint inside epochs too; the end of an epoch always has one."""
 
@@ -221,6 +253,7 @@ class Launch(Section):
     """1 trains in this process; N trains with N DDP workers under Ray Train; [min, max] with as many of them as the
     cluster has room for, and with more or fewer when nodes join or leave."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """``auto``: GPUs where there are enough for all workers when the run starts, else the CPU."""
     cpus_per_worker: float = Field(1.0, gt=0)
     """Claimed from Ray; on a node of its own a worker uses all cores it finds."""
     gpus_per_worker: float = Field(1.0, gt=0)
@@ -263,7 +296,9 @@ class Run(Section):
     """The run folder: ``storage/name``."""
 
     name: str = Field(min_length=1, pattern=r"^[\w.+-]+$")
+    """Of the run's folder in ``storage``: letters, digits and ``_.+-``. A recipe that sets none gives its own name."""
     storage: str = "runs"
+    """A folder or a URI (docs/storage.md)."""
 
 
 class Recipe(Section):
