@@ -1,6 +1,6 @@
 """Batch normalisation over the whole batch of all ranks.
 
-torch's ``SyncBatchNorm`` runs on accelerators only; on the CPU :class:`CrossRankBatchNorm2d` does the same, so that a
+torch's ``SyncBatchNorm`` runs on accelerators only; on the CPU :class:`CrossRankBatchNorm` does the same, so that a
 run gives the same result however many workers share its batch.
 """
 
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 
 class _SumOverRanks(torch.autograd.Function):
@@ -27,17 +28,18 @@ class _SumOverRanks(torch.autograd.Function):
         return grad
 
 
-class CrossRankBatchNorm2d(nn.BatchNorm2d):
-    """``nn.BatchNorm2d`` with statistics over all ranks' images, however many each holds."""
+class CrossRankBatchNorm(_BatchNorm):
+    """Batch norm with statistics over all ranks' images, however many each holds."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise (B, C, H, W) per channel."""
+        """Normalise (B, C, …) per channel."""
         if not self.training or not dist.is_initialized() or dist.get_world_size() == 1:
             return super().forward(x)
         wide = x.float()
         # Both moments and the count travel in one message. Each rank's variance is taken about its own mean and joined
         # in float64: E[x²] - E[x]² in float32 would cancel.
-        variance, mean = (part.double() for part in torch.var_mean(wide, (0, 2, 3), correction=0))
+        others = [dim for dim in range(x.dim()) if dim != 1]
+        variance, mean = (part.double() for part in torch.var_mean(wide, others, correction=0))
         sums = x.numel() // x.shape[1] * torch.stack((mean, variance + mean.square(), torch.ones_like(mean)))
         total, total_square, count = _SumOverRanks.apply(sums)
         mean = total / count
@@ -48,9 +50,29 @@ class CrossRankBatchNorm2d(nn.BatchNorm2d):
                 rate = self.momentum if self.momentum is not None else 1 / float(self.num_batches_tracked)
                 self.running_mean.lerp_(mean.float(), rate)
                 self.running_var.lerp_((variance * count / (count - 1)).float(), rate)
-        scale = self.weight * torch.rsqrt(variance + self.eps).float()
-        shift = self.bias - mean.float() * scale
-        return (wide * scale[:, None, None] + shift[:, None, None]).to(x.dtype)
+        scale = torch.rsqrt(variance + self.eps).float() * (1.0 if self.weight is None else self.weight)
+        shift = (0.0 if self.bias is None else self.bias) - mean.float() * scale
+        of_channel = (-1, *[1] * (x.dim() - 2))
+        return (wide * scale.view(of_channel) + shift.view(of_channel)).to(x.dtype)
+
+
+class CrossRankBatchNorm1d(CrossRankBatchNorm, nn.BatchNorm1d):
+    """Of (B, C) or (B, C, L)."""
+
+
+class CrossRankBatchNorm2d(CrossRankBatchNorm, nn.BatchNorm2d):
+    """Of (B, C, H, W)."""
+
+
+class CrossRankBatchNorm3d(CrossRankBatchNorm, nn.BatchNorm3d):
+    """Of (B, C, D, H, W)."""
+
+
+CROSS_RANK: dict[type[nn.Module], type[nn.Module]] = {
+    nn.BatchNorm1d: CrossRankBatchNorm1d,
+    nn.BatchNorm2d: CrossRankBatchNorm2d,
+    nn.BatchNorm3d: CrossRankBatchNorm3d,
+}
 
 
 def synchronise(module: nn.Module, device: torch.device) -> nn.Module:
@@ -58,6 +80,6 @@ def synchronise(module: nn.Module, device: torch.device) -> nn.Module:
     if device.type != "cpu":
         return nn.SyncBatchNorm.convert_sync_batchnorm(module)
     for child in module.modules():
-        if type(child) is nn.BatchNorm2d:
-            child.__class__ = CrossRankBatchNorm2d  # same parameters and buffers, another forward
+        if (kind := CROSS_RANK.get(type(child))) is not None:
+            child.__class__ = kind  # same parameters and buffers, another forward
     return module

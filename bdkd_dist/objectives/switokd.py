@@ -21,7 +21,7 @@ class SwitOKD(PairwiseObjective):
     b < a). The official code then leaves the teacher's optimiser out of the step; here its gradient is 0, so that its
     momentum and weight decay go on.
 
-    The batch is that of all ranks where torch.distributed runs: every rank must call it, with equally many samples.
+    The batch is that of all ranks where torch.distributed runs: every rank must call it, with however many samples.
     The added diagnostic ``teacher/paused`` is 1 where the teacher waits.
     """
 
@@ -49,11 +49,11 @@ class SwitOKD(PairwiseObjective):
 def _teacher_waits(student: Tensor, teacher: Tensor, targets: Tensor) -> Tensor:
     """Return the scalar decision for (N, K) probabilities of both networks."""
     gap = (student - teacher).abs().sum(1)
-    means = torch.stack((gap.mean(), _distance(student, targets).mean(), _distance(teacher, targets).mean()))
+    values = torch.stack((gap, _distance(student, targets), _distance(teacher, targets), torch.ones_like(gap)))
+    sums = values.sum(1)
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(means)
-        means = means / dist.get_world_size()
-    gap_mean, student_distance, teacher_distance = means.unbind()
+        dist.all_reduce(sums)
+    gap_mean, student_distance, teacher_distance = (sums[:3] / sums[3]).unbind()
     total = student_distance + teacher_distance
     ratio = torch.where(total > 0, teacher_distance / total, 0.5)
     threshold = student_distance - torch.exp(-ratio) * teacher_distance

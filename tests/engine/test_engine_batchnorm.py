@@ -8,21 +8,32 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
-from bdkd_dist.engine.batchnorm import CrossRankBatchNorm2d, synchronise
+from bdkd_dist.engine.batchnorm import CrossRankBatchNorm, synchronise
+
+KINDS = {
+    "of rows": (nn.BatchNorm1d, (), True),
+    "of lines": (nn.BatchNorm1d, (4,), True),
+    "of images": (nn.BatchNorm2d, (4, 4), True),
+    "of images, without parameters": (nn.BatchNorm2d, (4, 4), False),
+    "of volumes": (nn.BatchNorm3d, (2, 3, 2), True),
+}
+"""The layer, a sample's shape behind its channels, and whether there are weights and biases."""
 
 
-def whole_batch() -> tuple[torch.Tensor, torch.Tensor]:
+def whole_batch(kind: str) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    x = 3 + 2 * torch.randn(12, 5, 4, 4, generator=generator)
-    return x, torch.randn(12, 5, 4, 4, generator=generator)
+    shape = (12, 5, *KINDS[kind][1])
+    x = 3 + 2 * torch.randn(shape, generator=generator)
+    return x, torch.randn(shape, generator=generator)
 
 
-def norm() -> nn.BatchNorm2d:
+def norm(kind: str) -> nn.Module:
     torch.manual_seed(1)
-    layer = nn.BatchNorm2d(5)
-    nn.init.normal_(layer.weight)
-    nn.init.normal_(layer.bias)
-    return layer
+    layer, _, affine = KINDS[kind]
+    made = layer(5, affine=affine)
+    for parameter in made.parameters():
+        nn.init.normal_(parameter)
+    return made
 
 
 SHARES = {2: [7, 5], 3: [6, 4, 2]}
@@ -31,17 +42,18 @@ SHARES = {2: [7, 5], 3: [6, 4, 2]}
 
 def rank_main(rank: int, world: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=world)
-    x, grad = whole_batch()
-    mine = x.split(SHARES[world])[rank].clone().requires_grad_()
-    layer = synchronise(nn.Sequential(norm()), torch.device("cpu"))
-    y = layer(mine)
-    (y * grad.split(SHARES[world])[rank]).sum().backward()
-    weight_grad = layer[0].weight.grad.clone()
-    dist.all_reduce(weight_grad)
-    torch.save(
-        {"y": y.detach(), "x_grad": mine.grad, "weight_grad": weight_grad, "state": layer[0].state_dict()},
-        f"{folder}/{rank}.pt",
-    )
+    found = {}
+    for kind in KINDS:
+        x, grad = whole_batch(kind)
+        mine = x.split(SHARES[world])[rank].clone().requires_grad_()
+        layer = synchronise(nn.Sequential(norm(kind)), torch.device("cpu"))
+        y = layer(mine)
+        (y * grad.split(SHARES[world])[rank]).sum().backward()
+        grads = {name: parameter.grad for name, parameter in layer[0].named_parameters()}
+        for weight_grad in grads.values():
+            dist.all_reduce(weight_grad)
+        found[kind] = {"y": y.detach(), "x_grad": mine.grad, "grads": grads, "state": layer[0].state_dict()}
+    torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -52,22 +64,25 @@ def test_two_and_three_ranks_equal_the_whole_batch(tmp_path: Path) -> None:
         folder.mkdir()
         mp.spawn(rank_main, (world, str(folder)), nprocs=world)
         parts = [torch.load(folder / f"{rank}.pt") for rank in range(world)]
-        x, grad = whole_batch()
-        x.requires_grad_()
-        layer = norm()
-        y = layer(x)
-        (y * grad).sum().backward()
-        close = {"rtol": 2e-5, "atol": 2e-5}
-        torch.testing.assert_close(torch.cat([part["y"] for part in parts]), y.detach(), **close)
-        torch.testing.assert_close(torch.cat([part["x_grad"] for part in parts]), x.grad, **close)
-        for part in parts:
-            torch.testing.assert_close(part["weight_grad"], layer.weight.grad, **close)
-            for name, value in layer.state_dict().items():
-                torch.testing.assert_close(part["state"][name], value, rtol=1e-6, atol=1e-6)
+        for kind in KINDS:
+            x, grad = whole_batch(kind)
+            x.requires_grad_()
+            layer = norm(kind)
+            y = layer(x)
+            (y * grad).sum().backward()
+            close = {"rtol": 2e-5, "atol": 2e-5}
+            torch.testing.assert_close(torch.cat([part[kind]["y"] for part in parts]), y.detach(), **close)
+            torch.testing.assert_close(torch.cat([part[kind]["x_grad"] for part in parts]), x.grad, **close)
+            for part in parts:
+                for name, parameter in layer.named_parameters():
+                    torch.testing.assert_close(part[kind]["grads"][name], parameter.grad, **close)
+                for name, value in layer.state_dict().items():
+                    torch.testing.assert_close(part[kind]["state"][name], value, rtol=1e-6, atol=1e-6)
 
 
-def test_alone_it_is_torchs_own() -> None:
-    x, _ = whole_batch()
-    ours = synchronise(nn.Sequential(norm()), torch.device("cpu"))
-    assert isinstance(ours[0], CrossRankBatchNorm2d)
-    assert torch.equal(ours(x), norm()(x))
+@pytest.mark.parametrize("kind", KINDS)
+def test_alone_it_is_torchs_own(kind: str) -> None:
+    x, _ = whole_batch(kind)
+    ours = synchronise(nn.Sequential(norm(kind)), torch.device("cpu"))
+    assert isinstance(ours[0], CrossRankBatchNorm)
+    assert torch.equal(ours(x), norm(kind)(x))
