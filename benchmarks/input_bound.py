@@ -87,7 +87,7 @@ def recipe_of(arguments: argparse.Namespace, device: torch.device) -> config.Rec
 
 def dataset(beton: Beton) -> Dataset:
     subset = Subset(beton, np.arange(len(beton)), beton.labels)
-    return Dataset(subset, subset, subset, tuple(map(str, range(10))), "")
+    return Dataset(subset, subset, subset, tuple(map(str, range(10))), "", "")
 
 
 def measure(trainer: Trainer, loader: Loader, epochs: int) -> tuple[float, float, int]:

@@ -62,7 +62,7 @@ def main() -> None:
 def placeholder(recipe: config.Recipe) -> Dataset:
     """A data set of the right size; no image of it is read."""
     subset = Subset(Path(), np.arange(10 * recipe.train.batch_size), np.zeros(10 * recipe.train.batch_size, np.int64))
-    return Dataset(subset, subset, subset, tuple(map(str, range(recipe.data.num_classes))), "")
+    return Dataset(subset, subset, subset, tuple(map(str, range(recipe.data.num_classes))), "", "")
 
 
 def random_batch(recipe: config.Recipe, device: torch.device) -> Batch:

@@ -1,4 +1,8 @@
-"""Real Ray nodes on loopback addresses of this machine, each with ports of its own, behind a token."""
+"""Real Ray nodes on loopback addresses of this machine, each with ports of its own, behind a token.
+
+Where the machine lets a test mount, a node that joins does not see what others keep in the user's folder of their own
+temporary folders, as on a machine of its own.
+"""
 
 import os
 import signal
@@ -15,6 +19,8 @@ from pathlib import Path
 
 import requests
 import runs
+
+from bdkd_dist.data.node_folder import node_folder
 
 START_WITHIN_S = 240
 START_ATTEMPTS = 3
@@ -114,7 +120,7 @@ def _started(
         *arguments,
     ]
     if cores is not None:
-        command = ["taskset", "--cpu-list", ",".join(map(str, cores)), *command]
+        command = ["taskset", "--cpu-list", ",".join(map(str, cores)), *_apart(), *command]
     for attempt in range(START_ATTEMPTS):
         with log.open("w") as out:
             process = subprocess.Popen(
@@ -133,6 +139,15 @@ def _started(
             return
         finally:
             _end(process)
+
+
+def _apart() -> list[str]:
+    """Return what to put before a command that is to have the user's folder to itself."""
+    if subprocess.run(["unshare", "--mount", "mount", "-t", "tmpfs", "tmpfs", "/mnt"], capture_output=True).returncode:
+        return []
+    node_folder().mkdir(mode=0o700, parents=True, exist_ok=True)
+    own = 'mount -t tmpfs -o mode=700 tmpfs "$0" && exec "$@"'
+    return ["unshare", "--mount", "sh", "-c", own, str(node_folder())]
 
 
 def _end(process: "subprocess.Popen[bytes]") -> None:

@@ -43,6 +43,8 @@ class Dataset:
     class_names: tuple[str, ...]
     fingerprint: str
     """SHA-256 over the contents of the files, whatever machine they were prepared on."""
+    test_fingerprint: str
+    """The same of the test images' files alone."""
 
 
 def load_dataset(data: Data, progress: Progress | None = None) -> Dataset:
@@ -131,4 +133,5 @@ def open_dataset(prepared: Prepared, data: Data) -> Dataset:
     if data.train_limit is not None:
         kept = limit(kept, labels["train"][kept], data.train_limit)
     test = subset("test", range(len(labels["test"])))
-    return Dataset(subset("train", kept), validation, test, prepared.class_names, prepared.content)
+    fingerprints = prepared.content, prepared.content_of("test")
+    return Dataset(subset("train", kept), validation, test, prepared.class_names, *fingerprints)

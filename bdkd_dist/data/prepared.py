@@ -67,8 +67,18 @@ class Prepared:
     @property
     def content(self) -> str:
         """SHA-256 over the files' checksums: equal wherever the same images and labels were prepared."""
-        sums = {name: [part.sha256 for part in parts] for name, parts in sorted(self.splits.items())}
-        return hashlib.sha256(json.dumps(sums).encode()).hexdigest()
+        return _sha256_of({name: self._sums(name) for name in sorted(self.splits)})
+
+    def content_of(self, split: str) -> str:
+        """SHA-256 over the checksums of a split's files."""
+        return _sha256_of(self._sums(split))
+
+    def _sums(self, split: str) -> list[str]:
+        return [part.sha256 for part in self.splits[split]]
+
+
+def _sha256_of(tree: Any) -> str:
+    return hashlib.sha256(json.dumps(tree).encode()).hexdigest()
 
 
 def is_prepared(folder: Path) -> bool:

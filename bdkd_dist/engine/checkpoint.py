@@ -76,6 +76,9 @@ class Checkpoints:
                 old.unlink()
         return path
 
+    def wait(self) -> None:
+        """Wait until all that was saved lies where it belongs; here it does."""
+
     def load_newest(self, device: torch.device | None = None) -> dict[str, Any] | None:
         """Return the newest readable state, None where there is none yet; says so when it falls back.
 

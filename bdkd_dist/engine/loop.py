@@ -97,7 +97,7 @@ class Trainer:
             recipe.data.num_classes,
             device,
             self.control.beat,
-            replayed=recipe.train.compile and device.type == "cuda",
+            replayed=self.stepper.replayed,
         )
 
     @property
@@ -152,6 +152,8 @@ class Trainer:
             due = every and self.step % every == 0 and self.step_in_epoch < self.steps_per_epoch
             if due or wish == Wish.CHECKPOINT:
                 self._save()
+            if wish == Wish.CHECKPOINT:  # the machine may go as soon as it is said to be there
+                self.checkpoints.wait()
 
     def _order(self) -> Indices:
         """Return the order of this epoch's samples."""

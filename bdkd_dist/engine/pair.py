@@ -37,9 +37,9 @@ class Pair(nn.Module):
         if not objective.teacher_learns:
             self.networks["teacher"].requires_grad_(False)
         self.autocast_dtype = autocast_dtype
-        # On pixels in [0, 255]; they follow the device but are settings, not state.
-        self.register_buffer("mean", 255 * torch.tensor(mean).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", 255 * torch.tensor(std).view(3, 1, 1), persistent=False)
+        # They follow the device but are settings, not state.
+        for name, values in pixel_statistics(mean, std).items():
+            self.register_buffer(name, values, persistent=False)
         self.mean: Tensor
         self.std: Tensor
 
@@ -72,14 +72,24 @@ class Pair(nn.Module):
             return {name: network(pixels).float() for name, network in self.networks.items()}
 
     def normalise(self, images: Tensor) -> Tensor:
-        """Return (B, 3, H, W) float32 in channels-last memory for (B, H, W, 3) uint8: the permuted view is that."""
-        return (images.permute(0, 3, 1, 2).float() - self.mean) / self.std
+        """Return (B, 3, H, W) float32 for (B, H, W, 3) uint8."""
+        return normalised(images, self.mean, self.std)
 
     def autocast(self, device: torch.device) -> AbstractContextManager[Any]:
         """Return the context in which the networks run."""
         if self.autocast_dtype is None:
             return nullcontext()
         return torch.autocast(device.type, dtype=self.autocast_dtype)
+
+
+def pixel_statistics(mean: tuple[float, float, float], std: tuple[float, float, float]) -> dict[str, Tensor]:
+    """Return ``mean`` and ``std`` per RGB channel on [0, 255], (3, 1, 1), for those on [0, 1]."""
+    return {"mean": 255 * torch.tensor(mean).view(3, 1, 1), "std": 255 * torch.tensor(std).view(3, 1, 1)}
+
+
+def normalised(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Return (B, 3, H, W) float32 in channels-last memory for (B, H, W, 3) uint8: the permuted view is that."""
+    return (images.permute(0, 3, 1, 2).float() - mean) / std
 
 
 def build_pair(recipe: Recipe, device: torch.device) -> Pair:

@@ -1,8 +1,11 @@
 """CUDA graphs: the kernels that a function launches are recorded once for each shape, then launched together."""
 
+import pickle
+import random
 from collections import Counter
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -64,7 +67,7 @@ class Replayed:
     def _record(self, inputs: tuple[Tensor, ...]) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...], Tensor]:
         """Return the function's graph, where it reads its inputs, and where it writes its value; nothing runs yet."""
         places = tuple(tensor.clone() for tensor in inputs)
-        graph = torch.cuda.CUDAGraph()
+        graph, drawn = torch.cuda.CUDAGraph(), _host_generators()
         try:
             # Of this thread alone: those of loaders pin memory meanwhile, which a recording of all would not allow.
             with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
@@ -77,4 +80,14 @@ class Replayed:
                 f"{self._setting}: the networks cannot be recorded as a CUDA graph ({first_line(first)}); "
                 f"something in them waits for the GPU; leave {self._setting} out"
             ) from error
+        if _host_generators() != drawn:
+            raise UserError(
+                f"{self._setting}: the networks cannot be recorded as a CUDA graph (they draw random numbers on the "
+                f"CPU, of which a recording would repeat one); draw them on the GPU, or leave {self._setting} out"
+            )
         return graph, places, result
+
+
+def _host_generators() -> bytes:
+    """Return the states of what a function may draw from on the CPU."""
+    return pickle.dumps((random.getstate(), np.random.get_state(), torch.get_rng_state().numpy()))  # noqa: NPY002

@@ -5,6 +5,7 @@ on a single GPU the whole step, with its backward pass and the optimiser, is one
 """
 
 import copy
+import gc
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -19,6 +20,16 @@ from bdkd_dist.engine import distributed
 from bdkd_dist.engine.optim import build_optimizer, load_optimizer, set_learning_rate
 from bdkd_dist.engine.pair import Pair
 from bdkd_dist.engine.replay import Replayed
+
+
+def release() -> None:
+    """Free what a trainer leaves behind that is no longer used, before the next one of this process.
+
+    It refers to itself, and holds the memory of what it recorded until Python looks for such; and torch keeps what it
+    compiled of a function, of a few trainers at most: whatever follows would not be compiled.
+    """
+    gc.collect()
+    torch._dynamo.reset()
 
 
 class Stepper:

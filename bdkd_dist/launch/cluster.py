@@ -81,8 +81,20 @@ def wanted(launch: Launch, resources: dict[str, float]) -> str:
         resources: What each claims.
     """
     low, high = launch.min_workers, launch.max_workers
-    each = " and ".join(f"{amount:g} {name}" for name, amount in resources.items())
-    return f"{low if low == high else f'{low} to {high}'} worker(s) of {each} each"
+    return f"{low if low == high else f'{low} to {high}'} worker(s) of {amounts(resources)} each"
+
+
+def amounts(resources: dict[str, float]) -> str:
+    """Say how much of some resources, e.g. ``1 CPU and 1 GPU``."""
+    return " and ".join(f"{amount:g} {name}" for name, amount in resources.items())
+
+
+def holds(resources: dict[str, float]) -> bool:
+    """Return whether a node is there that has so much, free or not."""
+    return any(
+        node["Alive"] and all(node["Resources"].get(name, 0) >= amount for name, amount in resources.items())
+        for node in ray.nodes()
+    )
 
 
 def draining() -> set[str]:

@@ -70,7 +70,7 @@ class RunCheckpoints(Checkpoints):
         return path
 
     def wait(self) -> None:
-        """Wait until all that was saved lies where it belongs."""
+        """See :meth:`Checkpoints.wait`."""
         if self._mirror is not None:
             self._mirror.wait()
 

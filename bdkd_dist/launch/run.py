@@ -1,9 +1,7 @@
 """Train a recipe, or evaluate a run: the command lines without the command line."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
-from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -15,19 +13,16 @@ from bdkd_dist.data.foreign import prepare_foreign
 from bdkd_dist.data.loader import chosen
 from bdkd_dist.data.order import num_batches
 from bdkd_dist.data.prepared import verify
-from bdkd_dist.data.sources.storage import Place
-from bdkd_dist.engine.checkpoint import KEPT, Checkpoints, load
 from bdkd_dist.engine.loop import Trainer
 from bdkd_dist.engine.observer import Observers
 from bdkd_dist.errors import UserError
-from bdkd_dist.launch import local, preflight, worker
+from bdkd_dist.launch import local, named_run, preflight, worker
 from bdkd_dist.launch.prepare import preparing
 from bdkd_dist.launch.run_folder import RunFolder
 from bdkd_dist.records.environment import write_environment
 from bdkd_dist.records.files import atomic_write
 from bdkd_dist.records.printing import warner
 from bdkd_dist.records.progress import Progress
-from bdkd_dist.uris import is_uri
 
 
 def train(recipe: Recipe, console: Console, address: str | None = None) -> RunFolder:
@@ -101,16 +96,10 @@ def evaluate(
     """
     from bdkd_dist.launch.shift import record_ood, record_shift  # imports torchvision, which training may not need
 
-    folder, chosen_one = _found(run)
-    recipe = _overridden(folder.read_recipe(), overrides)
-    recipe = recipe.model_copy(update={"launch": recipe.launch.model_copy(update={"workers": 1})})
+    folder, name = named_run.find(run)
+    recipe = worker.for_evaluation(_overridden(folder.read_recipe(), overrides))
     preflight.check(recipe, folder)
-    names = [chosen_one] if chosen_one else folder.kept()[-KEPT:]
-    if not names:
-        raise UserError(f"{folder} holds no checkpoint yet")
-    folder.fetch(*(f"checkpoints/{name}" for name in names))
-    where = folder.checkpoints
-    checkpoints = _Only(where / chosen_one, folder.name) if chosen_one else Checkpoints(where, name=folder.name)
+    checkpoints = named_run.checkpoints(folder, name)
     with preparing(console) as show:
         dataset = load_dataset(recipe.data, show)
         other = None if ood is None else (ood, prepare_foreign(ood, recipe.data, show))
@@ -129,15 +118,6 @@ def evaluate(
         if shift or other is not None:
             target.push(target.figures, *sorted(target.path.glob("*.json")))
     return target
-
-
-def _found(run: str) -> tuple[RunFolder, str | None]:
-    """Return the run folder, and the name of the checkpoint where a user names that."""
-    if not is_uri(run):
-        path = Path(run).resolve()
-        return (RunFolder(path.parent.parent), path.name) if path.is_file() else (RunFolder(path), None)
-    place = Place.of(run, "RUN")
-    return (RunFolder(place.parent.parent.root), place.name) if place.exists("") else (RunFolder(run), None)
 
 
 def prepared(data: Data, console: Console) -> Dataset:
@@ -168,23 +148,6 @@ def check_fits(recipe: Recipe, dataset: Dataset) -> None:
             f"train.batch_size={batch}: a batch of {smallest} leaves less than two images to some of "
             f"launch.workers={most}"
         )
-
-
-class _Only(Checkpoints):
-    """One checkpoint, chosen by its path."""
-
-    def __init__(self, path: Path, name: Callable[[Path], str]):
-        super().__init__(path.parent, name=name)
-        self._path = path
-
-    def paths(self) -> list[Path]:
-        return [self._path]
-
-    def read_newest(self) -> tuple[dict[str, Any], bytes]:
-        try:
-            return load(self._path), b""
-        except Exception as error:  # as Checkpoints: torch raises many kinds
-            raise UserError(f"{self.name(self._path)} is not a whole checkpoint ({type(error).__name__})") from None
 
 
 def _overridden(recipe: Recipe, overrides: Sequence[str]) -> Recipe:

@@ -172,12 +172,7 @@ class RunFolder:
         Args:
             recipe: As rank 0 has it; paths in it may have been made absolute.
         """
-        until = time.monotonic() + SEEN_WITHIN_S
-        while not self.place.exists("recipe.yaml"):
-            if time.monotonic() > until:
-                break
-            time.sleep(0.5)
-        else:
+        if self.sees("recipe.yaml"):
             differences = config.differences(self.read_recipe(), recipe)
             if all(key == "models.teacher_checkpoint" for key, _, _ in differences):
                 return
@@ -185,6 +180,15 @@ class RunFolder:
             f"run.storage={Place.of(recipe.run.storage).where()}: node {socket.gethostname()} does not see the run "
             "that was begun there; give a path that all nodes share, or a URI (s3://…)"
         )
+
+    def sees(self, name: str) -> bool:
+        """Return whether a file is here that another node wrote, which may be told so a little later."""
+        until = time.monotonic() + SEEN_WITHIN_S
+        while not self.place.exists(name):
+            if time.monotonic() > until:
+                return False
+            time.sleep(0.5)
+        return True
 
     @contextmanager
     def locked(self, say: Callable[[str], None] = print) -> Iterator[None]:

@@ -43,7 +43,8 @@ def check(arguments: Sequence[str], parameters: dict[str, Any], folder: Path) ->
             _check_recipe(parameters, folder)
         case "tune":
             recipe = _check_recipe(parameters, folder)
-            load_space(parameters["space"], recipe)
+            for key, place in load_space(parameters["space"], recipe).relative_paths:
+                _check_place(key, place)
             _check_travels("space", Path(parameters["space"]), folder, source_files(folder))
         case "evaluate":
             _check_place("RUN", parameters["run_path"])

@@ -63,8 +63,7 @@ def work(
         observers = [TensorBoardObserver(folder.path, recipe.to_yaml()), MetricLines(folder.path), progress]
     with training(recipe, folder, device, observers, control, warn) as trainer, enough_memory(recipe):
         trainer.run()
-        if isinstance(trainer.checkpoints, RunCheckpoints):
-            trainer.checkpoints.wait()
+        trainer.checkpoints.wait()
         finish(trainer, folder)
 
 
@@ -97,6 +96,12 @@ def training(
             observer = Observers(observers)
         stack.callback(observer.close)
         yield Trainer(recipe, dataset, loaders, device, checkpoints, observer, control)
+
+
+def for_evaluation(recipe: Recipe) -> Recipe:
+    """Return the recipe for one process that only evaluates: what is compiled or recorded would not pay."""
+    launch, train = recipe.launch.model_copy(update={"workers": 1}), recipe.train.model_copy(update={"compile": False})
+    return recipe.model_copy(update={"launch": launch, "train": train})
 
 
 @contextmanager
@@ -189,6 +194,12 @@ def _record(trainer: Trainer, folder: RunFolder, validation: Outputs, test: Outp
     patiently(write, checkpoints.warn, checkpoints.pause)
     folder.push(folder.predictions, folder.figures, say=checkpoints.warn)
     # Last: a folder with results is a finished run.
-    said = {**results, "step": trainer.step, "epochs": trainer.epoch}
+    said = {
+        **results,
+        "step": trainer.step,
+        "epochs": trainer.epoch,
+        # The test images' own: runs that differ in their training images alone can be compared.
+        "data": {"fingerprint": dataset.fingerprint, "test_fingerprint": dataset.test_fingerprint},
+    }
     patiently(lambda: write_results(folder.results, said), checkpoints.warn, checkpoints.pause)
     folder.push(folder.results, say=checkpoints.warn)

@@ -73,10 +73,11 @@ def test_a_wish_for_a_checkpoint_is_met_at_once_and_the_run_goes_on(tmp_path: Pa
     made = trainer(tmp_path)
     control = Wants()
     made.control, made.evaluator.beat = control, control.beat
-    saved: list[int] = []
+    saved: list[int | str] = []
     save = made.checkpoints.save
     made.checkpoints.save = lambda step, state: (saved.append(step), save(step, state))[1]  # type: ignore[method-assign]
+    made.checkpoints.wait = lambda: saved.append("waited")  # type: ignore[method-assign]
     made.run()
-    assert saved == [5, 7, 10]
+    assert saved == [5, 7, "waited", 10]  # who wished for it hears of it at the next step
     batches_of_an_evaluation = -(-SAMPLES // 8)
     assert control.beats == 10 + 2 * batches_of_an_evaluation

@@ -1,9 +1,12 @@
 """The compiled step, and the step as a CUDA graph: the eager one's values, whatever came before."""
 
+import random
 import threading
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tiny_trainer import final_state, trainer
@@ -13,6 +16,7 @@ from bdkd_dist.engine.endings import Interrupted
 from bdkd_dist.engine.loop import Trainer
 from bdkd_dist.engine.optim import load_optimizer, set_learning_rate
 from bdkd_dist.engine.replay import WARM_UP, Replayed
+from bdkd_dist.engine.stepper import release
 from bdkd_dist.errors import UserError
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
@@ -60,6 +64,23 @@ def test_two_compiled_ranks_equal_two_eager_ones(tmp_path: Path) -> None:
     for name, network in eager["networks"].items():
         for key, value in network.items():
             torch.testing.assert_close(compiled["networks"][name][key], value, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_the_next_trainer_of_a_process_is_compiled_too_and_the_last_one_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)  # an epoch has batches of two sizes
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
+    for number in range(2):
+        of_trial = ["train.compile=true", "train.epochs=1", f"objective.nu_forward={2 + number}"]
+        made = trainer(tmp_path / str(number), *of_trial)
+        made.run()
+        pair = weakref.ref(made.pair)
+        del made
+        release()
+        assert pair() is None
 
 
 def test_a_rate_on_the_device_is_set_in_place_and_outlives_a_load() -> None:
@@ -142,6 +163,17 @@ def test_a_replay_reads_its_own_inputs_of_every_shape() -> None:
         want += float(x.sum())
         assert torch.equal(replayed(x, y), x @ y)
     assert float(total) == pytest.approx(want, abs=1e-4)
+
+
+@needs_gpu
+@pytest.mark.parametrize("draw", [random.random, np.random.rand, lambda: float(torch.rand(()))])
+def test_a_function_that_draws_on_the_cpu_is_not_recorded(draw: Callable[[], float]) -> None:
+    replayed = Replayed(lambda x: x * (0.0 if draw() < 0.5 else 1.0), torch.device("cuda", 0), "here")
+    x = torch.ones(3, device="cuda")
+    for _ in range(WARM_UP):
+        replayed(x)
+    with pytest.raises(UserError, match="draw random numbers on the CPU"):
+        replayed(x)
 
 
 @needs_gpu

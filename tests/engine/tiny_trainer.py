@@ -73,7 +73,7 @@ def trainer(
     recipe = config.load("digits", [*small, "train.epochs=2", "schedule.warmup_epochs=0", *overrides])
     indices = np.arange(SAMPLES)
     subset = Subset(Path(), indices, indices % 3)
-    dataset = Dataset(subset, subset, subset, ("a", "b", "c"), "fingerprint")
+    dataset = Dataset(subset, subset, subset, ("a", "b", "c"), "fingerprint", "of test")
     loaders = {"train": Noise(), "validation": Noise()}
     control = StopAt(stop_at)
     made = Trainer(

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -118,6 +119,28 @@ def test_typed_again_nothing_is_trained(ended: Path, cache: Path, written: Calla
     done = execute(command(space, cache, ended.parent, "--scheduler", "none"))
     assert "searching" not in done.stdout
     assert {path: path.stat().st_mtime_ns for path in ended.glob("trials/*/checkpoints/*")} == before
+
+
+def test_a_trial_that_cannot_be_evaluated_costs_neither_the_others_nor_the_report(
+    ended: Path, cache: Path, written: Callable[[str], Path], tmp_path: Path
+) -> None:
+    search = tmp_path / "search"
+    shutil.copytree(ended, search)
+    (search / "report.html").unlink()
+    broken, whole = (trial["name"] for trial in records(search) if trial["status"] == "finished")
+    for name in (broken, whole):
+        for result in ("results.json", "predictions/test.parquet"):
+            (search / "trials" / name / result).unlink(missing_ok=True)
+    for checkpoint in (search / "trials" / broken / "checkpoints").glob("*.pt"):
+        checkpoint.write_bytes(b"cut")
+    space = written(searches.grid(lr=[0.05, 1e12], seed=[0, 1]))
+    words = ["--scheduler", "none", "--goal", "nll", "--test", "all"]
+    done = execute(command(space, cache, tmp_path, *words), status=2)
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("no checkpoint in")
+    assert broken in last
+    assert (search / "trials" / whole / "results.json").is_file()
+    assert (search / "report.html").is_file()
 
 
 def test_another_search_in_the_folder_is_refused(ended: Path, cache: Path, written: Callable[[str], Path]) -> None:

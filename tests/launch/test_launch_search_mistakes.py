@@ -9,15 +9,18 @@ import pyarrow.parquet as pq
 import pytest
 import searches
 from rich.console import Console
+from typer.testing import CliRunner
 
 from bdkd_dist import config
+from bdkd_dist.cli import app
 from bdkd_dist.errors import UserError
 from bdkd_dist.launch import submission
 from bdkd_dist.launch.run_folder import RunFolder
-from bdkd_dist.launch.tune import search
+from bdkd_dist.launch.tune import algorithms, search
 from bdkd_dist.launch.tune.folder import SearchFolder
 from bdkd_dist.launch.tune.outcome import Found
 from bdkd_dist.launch.tune.search import Asked
+from bdkd_dist.launch.tune.space import load_space
 from bdkd_dist.records.trials import Report, Trial
 
 PBT = searches.RANGES + "DEFAULTS = {'scheduler': 'pbt'}\n"
@@ -132,6 +135,63 @@ def test_a_job_is_sent_with_a_space_that_travels_and_fits(tmp_path: Path) -> Non
         (tmp_path / "space.py").write_text(searches.RANGES.replace("nu_forward", "nu_forwards"))
         with pytest.raises(UserError, match="nu_forward"):
             check("space.py", *places)
+
+
+STEPS = """
+from ray import tune
+
+def search_space():
+    return {"train.batch_size": tune.DOMAIN, "data.augment.rand_magnitude": tune.qrandint(0, 30, 5)}
+"""
+
+
+@pytest.mark.parametrize(
+    ("domain", "words"),
+    [
+        ("qlograndint(8, 64, 8)", ["train.batch_size is tune.qlograndint", "tune.qrandint or tune.lograndint"]),
+        ("qloguniform(8, 64, 8)", ["train.batch_size is tune.qloguniform", "tune.quniform or tune.loguniform"]),
+    ],
+)
+def test_steps_on_a_logarithm_are_not_for_tpe(tmp_path: Path, domain: str, words: list[str]) -> None:
+    (tmp_path / "space.py").write_text(STEPS.replace("DOMAIN", domain))
+    space = load_space(str(tmp_path / "space.py"), config.load("digits", searches.TINY))
+    algorithms.check_domains("random", space)
+    with pytest.raises(UserError, match="--search tpe: ") as caught:
+        algorithms.check_domains("tpe", space)
+    line = str(caught.value)
+    assert "\n" not in line
+    for word in [*words, "--search random"]:
+        assert word in line
+
+
+@pytest.mark.parametrize("domain", ["qrandint(8, 64, 8)", "lograndint(8, 64)", "choice([8, 64])"])
+def test_other_domains_are_for_tpe(tmp_path: Path, domain: str) -> None:
+    (tmp_path / "space.py").write_text(STEPS.replace("DOMAIN", domain))
+    space = load_space(str(tmp_path / "space.py"), config.load("digits", searches.TINY))
+    algorithms.check_domains("tpe", space)
+
+
+@pytest.mark.parametrize("seed", [2**32 - 1, 2**32, 2**80])
+def test_a_large_seed_is_one_as_any(tmp_path: Path, seed: int) -> None:
+    (tmp_path / "space.py").write_text(searches.RANGES)
+    recipe = config.load("digits", searches.TINY)
+    plan, _ = search._planned(str(tmp_path / "space.py"), recipe, Asked(seed=seed, scheduler="hyperband"))
+    ended = [Trial(0, "0000", {"objective.nu_forward": 1.0, "objective.gate": "soft"}, "stopped")]
+    algorithm, _, left = algorithms.asked_for(plan, ended)
+    assert left == plan.num_trials - 1
+    assert algorithm.suggest("next")["trial"]["number"] == 1
+    algorithms.scheduler_of(plan, ended)
+    assert algorithms.listed(plan)[0]["number"] == 0
+
+
+def test_a_negative_seed_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "space.py").write_text(searches.RANGES)
+    said = CliRunner().invoke(
+        app, ["tune", str(tmp_path / "space.py"), "digits", f"run.storage={tmp_path}", "--seed", "-1"]
+    )
+    assert said.exit_code == 2
+    assert "Invalid value for '--seed'" in said.stderr
+    assert not list(tmp_path.glob("digits*"))
 
 
 @pytest.mark.parametrize(

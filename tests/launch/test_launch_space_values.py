@@ -4,11 +4,13 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_launch_space import DIGITS, loaded
 
 from bdkd_dist import config
+from bdkd_dist.errors import UserError
 from bdkd_dist.launch.tune.space import Space
 
 
@@ -74,3 +76,41 @@ def test_values_are_moved_into_the_ranges_and_onto_their_steps() -> None:
     assert moved["data.augment.rand_magnitude"] == 10
     assert moved["objective.gate"] == "soft"
     assert abs(moved["optimizer.momentum"] - 0.85) < 1e-12
+
+
+def test_paths_of_a_space_are_those_of_the_folder_where_it_was_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    body = """
+        "models.teacher_checkpoint": tune.choice(["runs/alone", "~/runs/alone", "/runs/alone", "s3://lab/alone", None]),
+        "data.root": tune.grid_search(["v1", "s3://lab/v2"]),
+        "data.prepared": "prepared",
+        "data.order": tune.choice(["random", "quasi_random"]),
+        "models.teacher": tune.choice(["resnet8", "resnet14"]),
+        "objective.gate": "hard",
+        "data.augment.crop": "pad",
+        "optimizer.lr": tune.uniform(0.1, 1),
+    """
+    space = loaded(tmp_path, body)
+    here, home = str(tmp_path), str(Path.home())
+    alone = [f"{here}/runs/alone", f"{home}/runs/alone", "/runs/alone", "s3://lab/alone", None]
+    assert space.space["models.teacher_checkpoint"].categories == alone
+    assert space.space["data.root"] == {"grid_search": [f"{here}/v1", "s3://lab/v2"]}
+    assert space.space["data.prepared"] == f"{here}/prepared"
+    assert space.space["data.order"].categories == ["random", "quasi_random"]
+    assert space.space["models.teacher"].categories == ["resnet8", "resnet14"]
+    assert (space.space["objective.gate"], space.space["data.augment.crop"]) == ("hard", "pad")
+    assert space.relative_paths == (
+        ("models.teacher_checkpoint", "runs/alone"),
+        ("models.teacher_checkpoint", "~/runs/alone"),
+        ("data.root", "v1"),
+        ("data.prepared", "prepared"),
+    )
+    assert space.text_of({"models.teacher_checkpoint": alone[0]}) == "teacher_checkpoint-alone"
+    assert config.replace(DIGITS, space.draws(1, seed=0)[0]).data.prepared == f"{here}/prepared"
+
+
+def test_an_empty_path_is_refused_as_the_user_wrote_it(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"models\.teacher_checkpoint"):
+        loaded(tmp_path, '"models.teacher_checkpoint": tune.choice(["", "runs/alone"])')

@@ -1,5 +1,6 @@
 """A trial's process: what it takes over from another trial, and that it serves one after the other."""
 
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,13 @@ from bdkd_dist import config
 from bdkd_dist.data.dataset import find_prepared
 from bdkd_dist.launch import cluster
 from bdkd_dist.launch.run_folder import RunFolder
+from bdkd_dist.launch.tune import places
+from bdkd_dist.launch.tune.folder import RECORD
+from bdkd_dist.launch.tune.places import SearchCluster
 from bdkd_dist.launch.tune.trial import CHECKPOINT, TrialProcess, take_over, taken_before
+from bdkd_dist.launch.vigil import WorkersLost
 from bdkd_dist.metrics.goals import Goal
+from bdkd_dist.records.trials import Report, Trial
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray]
 BUSY, KEEN = {"objective.nu_forward": 3.0}, {"objective.nu_forward": 1.5, "train.seed": 1}
@@ -34,6 +40,7 @@ def process(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[C
         kind = ray.remote(tune.with_parameters(TrialProcess, **settings))
 
         def start(name: str, values: dict[str, Any]) -> Any:
+            known(storage / name)
             return kind.options(num_cpus=1).remote(config=trial(name, values))
 
         start.storage = storage  # type: ignore[attr-defined]
@@ -42,6 +49,13 @@ def process(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[C
 
 def trial(name: str, values: dict[str, Any], **more: Any) -> dict[str, Any]:
     return {"trial": {"number": 0, "name": name, "values": values, **more}}
+
+
+def known(folder: Path, *epochs: int) -> None:
+    """Write what the driver knows of a trial before it asks for it: the epochs that it was told of."""
+    folder.mkdir(exist_ok=True)
+    reports = [Report(epoch, {}, {}, 1.0) for epoch in epochs]
+    (folder / RECORD).write_bytes(Trial(0, folder.name, {}, reports=reports).to_json())
 
 
 def newest(folder: Path) -> dict[str, Any]:
@@ -92,6 +106,7 @@ def test_a_trial_that_exploits_another_has_its_state_bit_for_bit_and_trains_on_f
 def test_a_process_that_served_one_trial_serves_the_next_as_a_new_one_would(process: Any) -> None:
     used, new = process("before", BUSY), process("new", KEEN)
     ray.get(used.train.remote())
+    known(process.storage / "used")
     assert ray.get(used.reset.remote(trial("used", KEEN)))
     one, other = ([ray.get(actor.train.remote()) for _ in range(3)] for actor in (used, new))
     assert [result["metrics"] for result in one] == [result["metrics"] for result in other]
@@ -108,6 +123,47 @@ def test_a_trials_own_fault_is_a_result_with_its_reason(process: Any) -> None:
     assert "train.batch_size=64: larger than the 20 training images" in result["failed"]
     assert "goal" not in result
     ray.kill(actor)
+
+
+def test_a_finished_trial_that_is_asked_again_says_its_end_again_and_trains_no_further(process: Any) -> None:
+    actor = process("ended", KEEN)
+    ends = [ray.get(actor.train.remote()) for _ in range(3)]
+    known(process.storage / "ended", 1, 2, 3)
+    state = newest(process.storage / "ended")
+    assert ray.get(actor.reset.remote(trial("ended", KEEN, resumed=True)))
+    again = ray.get(actor.train.remote())
+    assert again["done"]
+    assert (again["epoch"], again["metrics"]) == (3, ends[-1]["metrics"])
+    assert_equal(newest(process.storage / "ended"), state)
+    ray.kill(actor)
+
+
+def test_a_trial_on_a_node_that_does_not_see_the_searchs_folder_says_so(process: Any) -> None:
+    actor = process("elsewhere", KEEN)
+    (process.storage / "elsewhere" / RECORD).unlink()
+    result = ray.get(actor.train.remote())
+    assert result["done"]
+    assert result["failed"].startswith("run.storage: node ")
+    assert f"does not see {process.storage / 'elsewhere'}" in result["failed"]
+    assert not (process.storage / "elsewhere/recipe.yaml").exists()
+    ray.kill(actor)
+
+
+def test_an_evaluation_that_no_node_can_run_is_waited_for_and_given_up(
+    process: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(places, "SAY_EVERY_S", 1.0)
+    there = SearchCluster(None, config.load("digits", ["launch.wait_timeout_s=3"]))
+    there.cuda = True  # of which this machine's cluster, asked for CPUs alone, has none
+    said: list[str] = []
+    evaluation = ray.remote(lambda: None).options(num_gpus=1).remote()
+    with pytest.raises(WorkersLost, match=r"launch\.wait_timeout_s=3: gave up waiting for a node with 1 CPU and 1 GPU"):
+        there.wait([evaluation], said.append)
+    assert re.match(r"waiting for a node with 1 CPU and 1 GPU since \d s; .* free on 1 node", said[0])
+    there.cuda = False
+    done, others = there.wait([ray.remote(lambda: None).remote(), evaluation], said.append)
+    assert (len(done), others) == (1, [evaluation])
+    ray.cancel(evaluation)
 
 
 def test_what_a_trial_takes_over_stands_alone_among_its_checkpoints(tmp_path: Path) -> None:

@@ -16,8 +16,9 @@ from ray.tune.schedulers import (
     TrialScheduler,
 )
 from ray.tune.search import Searcher
-from ray.tune.search.sample import Categorical, Domain
+from ray.tune.search.sample import Categorical, Domain, Integer, LogUniform, Quantized
 
+from bdkd_dist.errors import UserError
 from bdkd_dist.launch.tune.space import Space
 from bdkd_dist.launch.tune.trial import OBJECTIVES, result_of
 from bdkd_dist.metrics.goals import Goal
@@ -50,6 +51,18 @@ class Plan:
     def name_of(self, number: int, values: dict[str, Any]) -> str:
         """Return the name of a trial's run folder."""
         return f"{number:04d}-{self.space.text_of(values)}".rstrip("-")
+
+
+def check_domains(search: str, space: Space) -> None:
+    """Raise UserError where a search cannot draw from a domain of the space: Optuna has no steps on a logarithm."""
+    for key, domain in space.space.items():
+        sampler = domain.get_sampler() if search == "tpe" and isinstance(domain, Domain) else None
+        if isinstance(sampler, Quantized) and isinstance(sampler.sampler, LogUniform):
+            kind = "randint" if isinstance(domain, Integer) else "uniform"
+            raise UserError(
+                f"--search tpe: {key} is tune.qlog{kind}, whose steps it does not keep; use --search random, "
+                f"or tune.q{kind} or tune.log{kind}"
+            )
 
 
 def listed(plan: Plan) -> list[dict[str, Any]]:
@@ -95,7 +108,7 @@ class Suggested(Searcher):
             n_startup_trials=STARTUP_TRIALS,
             multivariate=True,
             constant_liar=True,  # trials under way are taken for bad ones, so that others look elsewhere
-            seed=plan.seed + len(points),  # else going on would draw the first trials' values again
+            seed=(plan.seed + len(points)) % 2**32,  # else going on would draw the first trials' values again
         )
         self._inner = OptunaSearch(
             OptunaSearch.convert_search_space(domains),

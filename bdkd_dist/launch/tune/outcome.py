@@ -18,7 +18,7 @@ from bdkd_dist.launch.run_folder import RunFolder
 from bdkd_dist.launch.tune.algorithms import Plan
 from bdkd_dist.launch.tune.folder import TRIALS, SearchFolder
 from bdkd_dist.launch.tune.places import SearchCluster
-from bdkd_dist.launch.worker import finish, training
+from bdkd_dist.launch.worker import finish, for_evaluation, training
 from bdkd_dist.records.results import read_results
 from bdkd_dist.records.search_report import BEST, PAGE, SearchSummary, write_report
 from bdkd_dist.records.search_tables import heads, number, of_test
@@ -114,22 +114,27 @@ def evaluate_on_test(
     """Evaluate trials on the test split, which no choice has seen, and write their results.
 
     Raises:
-        UserError: A trial's checkpoints or its data are not readable.
+        UserError: A trial's checkpoints or its data are not readable; the others are evaluated all the same.
+        WorkersLost: For ``launch.wait_timeout_s`` the cluster has had no node that could do it.
     """
     task = ray.remote(_evaluate_one).options(**there.options)
-    try:
-        evaluated = ray.get([task.remote(folder.run(trial).where, there.cuda) for trial in trials])
-    except ray.exceptions.RayTaskError as error:
-        raise error.cause if isinstance(error.cause, UserError) else error from None
-    for lines in evaluated:
-        for line in lines:
-            warn(line)
+    left = [task.remote(folder.run(trial).where, there.cuda) for trial in trials]
+    failed: ray.exceptions.RayTaskError | None = None
+    while left:
+        done, left = there.wait(left, warn)
+        for one in done:
+            try:
+                for line in ray.get(one):
+                    warn(line)
+            except ray.exceptions.RayTaskError as error:
+                failed = failed or error
+    if failed is not None:
+        raise failed.cause if isinstance(failed.cause, UserError) else failed from None
 
 
 def _evaluate_one(where: str, cuda: bool) -> list[str]:
     folder, said = RunFolder(where), list[str]()
-    recipe = folder.read_recipe()
-    recipe = recipe.model_copy(update={"launch": recipe.launch.model_copy(update={"workers": 1})})
+    recipe = for_evaluation(folder.read_recipe())
     torch.set_num_threads(max(1, int(recipe.launch.cpus_per_worker)))
     device = torch.device("cuda" if cuda else "cpu")
     with training(recipe, folder, device, (), Control(), said.append) as trainer:

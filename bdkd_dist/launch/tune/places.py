@@ -2,6 +2,8 @@
 
 import math
 import os
+import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
@@ -10,6 +12,8 @@ import ray
 from bdkd_dist.config import Recipe
 from bdkd_dist.launch import cluster
 from bdkd_dist.launch.local import wants_cuda
+from bdkd_dist.launch.vigil import LOOK_EVERY_S, SAY_EVERY_S, WorkersLost
+from bdkd_dist.records.progress import duration
 
 RAY_SETTINGS = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # trials keep records of their own
@@ -61,6 +65,28 @@ class SearchCluster:
         """How many devices a trial holds."""
         each = self.launch.gpus_per_worker if self.cuda else self.launch.cpus_per_worker
         return self.launch.min_workers * each
+
+    def wait(self, tasks: list[Any], say: Callable[[str], None]) -> tuple[list[Any], list[Any]]:
+        """Wait until one of some tasks that claim a bundle has ended; return those that have, and the others.
+
+        Raises:
+            WorkersLost: For ``launch.wait_timeout_s`` the cluster has had no node that could run them.
+        """
+        held_s = said_s = time.monotonic()
+        while True:
+            done, others = ray.wait(tasks, timeout=LOOK_EVERY_S)
+            now_s = time.monotonic()
+            if done:
+                return done, others
+            if cluster.holds(self.bundle):
+                held_s = said_s = now_s
+                continue
+            waiting = f"a node with {cluster.amounts(self.bundle)} since {duration(now_s - held_s)}"
+            if now_s - held_s > (limit_s := self.launch.wait_timeout_s):
+                raise WorkersLost(f"launch.wait_timeout_s={limit_s:g}: gave up waiting for {waiting}")
+            if now_s - said_s >= SAY_EVERY_S:
+                said_s = now_s
+                say(f"waiting for {waiting}; {cluster.free(self.bundle)}")
 
     def __enter__(self) -> "SearchCluster":
         return self

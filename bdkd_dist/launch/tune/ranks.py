@@ -15,6 +15,7 @@ from bdkd_dist import config
 from bdkd_dist.config import Launch, Recipe
 from bdkd_dist.engine.control import Control
 from bdkd_dist.engine.loop import Trainer
+from bdkd_dist.engine.stepper import release
 from bdkd_dist.launch.run_folder import RunFolder
 from bdkd_dist.launch.worker import training
 
@@ -61,6 +62,7 @@ class Rank:
         self._trainer = None
         self._stack.close()
         self._stack = ExitStack()
+        release()
         leave()
 
     def _leaving(self) -> ExitStack:

@@ -22,7 +22,16 @@ from bdkd_dist.launch.local import stop_on_signal
 from bdkd_dist.launch.ray_train import with_absolute_paths
 from bdkd_dist.launch.run import check_fits, prepared
 from bdkd_dist.launch.run_folder import RunFolder
-from bdkd_dist.launch.tune.algorithms import LISTED, SCHEDULERS, SEARCHES, Plan, asked_for, listed, scheduler_of
+from bdkd_dist.launch.tune.algorithms import (
+    LISTED,
+    SCHEDULERS,
+    SEARCHES,
+    Plan,
+    asked_for,
+    check_domains,
+    listed,
+    scheduler_of,
+)
 from bdkd_dist.launch.tune.folder import SearchFolder
 from bdkd_dist.launch.tune.ledger import Ledger, OnWish
 from bdkd_dist.launch.tune.outcome import Found, evaluate_on_test
@@ -116,8 +125,10 @@ def search(space_path: str, recipe: Recipe, asked: Asked, console: Console, addr
             if untested := [trial for trial in wanted if not folder.run(trial).finished]:
                 console.print(f"evaluating {len(untested)} trial(s) on the test split", highlight=False)
                 there.connect()
+            try:
                 evaluate_on_test(folder, untested, there, warn)
-            found.write(shlex.join(["bdkd", *sys.argv[1:]]))
+            finally:
+                found.write(shlex.join(["bdkd", *sys.argv[1:]]))
     return found
 
 
@@ -145,6 +156,7 @@ def _planned(space_path: str, recipe: Recipe, asked: Asked) -> tuple[Plan, str]:
         search = "random" if size is None else "grid"
     if search == "tpe" and (size is not None or space.has_grid):
         raise UserError("--search tpe: the space has grids, which are tried whole; use --search grid or tune.choice")
+    check_domains(search, space)
     if search == "grid" and size is None:
         raise UserError("--search grid: the space has ranges; use --search random or tpe, or tune.grid_search([…])")
     if scheduler == "pbt" and search not in LISTED:
@@ -215,7 +227,9 @@ def _run_trials(
                 stop=OnWish(ledger.ends),
                 callbacks=[ledger],
                 failure_config=tune.FailureConfig(max_failures=recipe.launch.max_failures),
-                checkpoint_config=tune.CheckpointConfig(num_to_keep=STATES_KEPT),
+                # A trial's state lies in its own folder: at its end Ray has nothing to keep, and would look for a place
+                # that only this node has.
+                checkpoint_config=tune.CheckpointConfig(num_to_keep=STATES_KEPT, checkpoint_at_end=False),
                 verbose=0,
             ),
         )

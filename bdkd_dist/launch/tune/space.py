@@ -5,15 +5,17 @@ import math
 import re
 import sys
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
+from pydantic import BaseModel
 
 from bdkd_dist import config
 from bdkd_dist.config import Recipe
@@ -44,6 +46,8 @@ class Space:
     """Of the command line; see :data:`DEFAULTS`."""
     text: str
     """The file's source."""
+    relative_paths: tuple[tuple[str, str], ...] = ()
+    """Keys, and paths as the file gives them, that were made absolute for trials, which work in another folder."""
 
     def grid_size(self) -> int | None:
         """Return the number of combinations, or None where the space is not made of grids and constants alone."""
@@ -148,7 +152,7 @@ def load_space(path: str, recipe: Recipe) -> Space:
         _check(space, recipe)
     except UserError as error:
         raise UserError(f"{file.name}: {error}") from None
-    return space
+    return _with_absolute_paths(space, recipe)
 
 
 def _source(file: Path) -> str:
@@ -269,6 +273,43 @@ def _check(space: Space, recipe: Recipe) -> None:
         config.replace(recipe, values)
 
 
+def _with_absolute_paths(space: Space, recipe: Recipe) -> Space:
+    """Return the space for trials, whose working directory is another."""
+    relative = []
+
+    def absolute(key: str, value: Any) -> Any:
+        place = _absolute(key, value, recipe)
+        if place != value:
+            relative.append((key, value))
+        return place
+
+    domains = {key: _each(domain, partial(absolute, key)) for key, domain in space.space.items()}
+    return replace(space, space=domains, relative_paths=tuple(relative))
+
+
+def _absolute(key: str, value: Any, recipe: Recipe) -> Any:
+    """Return a value as :func:`with_absolute_paths` makes it of a recipe that has it."""
+    section, _, name = key.partition(".")
+    if not isinstance(value, str) or not isinstance(before := getattr(recipe, section), BaseModel):
+        return value
+    from bdkd_dist.launch.ray_train import with_absolute_paths  # takes a while
+
+    changed = recipe.model_copy(update={section: before.model_copy(update={name: value})})
+    return getattr(getattr(with_absolute_paths(changed), section), name)
+
+
+def _each(domain: Any, change: Callable[[Any], Any]) -> Any:
+    """Return a domain with its listed values changed."""
+    from ray import tune
+    from ray.tune.search.sample import Categorical, Domain
+
+    if isinstance(domain, Categorical):
+        return tune.choice([change(value) for value in domain.categories])
+    if _is_grid_search(domain):
+        return tune.grid_search([change(value) for value in domain["grid_search"]])
+    return domain if isinstance(domain, Domain) else change(domain)
+
+
 def _objectives_of(key: str, space: Space) -> list[dict[str, Any]]:
     """Return the choices of an objective, among those of the space, under which a key means something."""
     if key == _OBJECTIVE or _OBJECTIVE not in space.space or not key.startswith("objective."):
@@ -349,4 +390,6 @@ def _word(value: Any) -> str:
         return "-".join(map(_word, value))
     if isinstance(value, bool) or value is None:
         return str(value).lower()
+    if isinstance(value, str) and value.startswith("/"):
+        value = Path(value).name or value
     return re.sub(r"[^\w.+-]+", "_", f"{value:.4g}" if isinstance(value, float) else str(value), flags=re.ASCII)

@@ -8,6 +8,7 @@ run folder, as for every run: Ray keeps no state of it, apart from what one tria
 import json
 import math
 import os
+import socket
 import time
 import traceback
 from collections import deque
@@ -28,6 +29,7 @@ from bdkd_dist.engine.endings import Diverged
 from bdkd_dist.engine.loop import Trainer
 from bdkd_dist.engine.observer import EvalLog, Observer
 from bdkd_dist.engine.patience import patiently
+from bdkd_dist.engine.stepper import release
 from bdkd_dist.errors import UserError, first_line
 from bdkd_dist.launch.lease import Superseded
 from bdkd_dist.launch.mirror import METRICS
@@ -174,6 +176,11 @@ class TrialProcess(Trainable):
         if taking := bool(self._taken_over):
             take_over(folder, self._taken_over, {"taken": self._taken, "values": self.values}, self._warn)
             self._taken_over = b""
+        if not folder.sees(RECORD):  # which the driver wrote before it asked for the trial
+            raise UserError(
+                f"run.storage: node {socket.gethostname()} does not see {folder}, where the search was begun; give a "
+                "path that all nodes share, or a URI (s3://…)"
+            )
         folder.path.mkdir(parents=True, exist_ok=True)
         folder.fetch("environment.json", say=self._warn)
         atomic_write(folder.recipe, recipe.to_yaml().encode())
@@ -198,7 +205,9 @@ class TrialProcess(Trainable):
             return past
         record = patiently(lambda: self.folder.place.find(RECORD), self._warn)
         heard = Trial.from_json(record).reports[-1:] if record is not None else []
-        return [report for report in past if not heard or report["epoch"] > heard[0].epoch]
+        unheard = [report for report in past if not heard or report["epoch"] > heard[0].epoch]
+        # One whose end was heard and that is asked again says that again: there is nothing to train.
+        return unheard or [report for report in past[-1:] if report["epoch"] == self.recipe.train.epochs]
 
     def _failed(self, error: BaseException) -> dict[str, Any]:
         own = isinstance(error, Diverged | UserError | DataError | Superseded)
@@ -225,6 +234,8 @@ class TrialProcess(Trainable):
         self._stack.close()
         self._stack = ExitStack()
         self.ranks.close()
+        del trainer
+        release()
 
     def _warn(self, line: str) -> None:
         self._said.append(line)
