@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from bdkd_dist import __version__
 from bdkd_dist.errors import UserError
 from bdkd_dist.records.printing import print_line, print_table
 
@@ -23,6 +24,22 @@ Overrides = Annotated[
     typer.Argument(metavar="[KEY=VALUE]...", help="Dotted recipe keys, e.g. train.epochs=5."),
 ]
 console = Console()
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", is_eager=True, callback=lambda asked: _version(asked), help="Say which this is."),
+    ] = False,
+) -> None:
+    pass
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(__version__)
+        raise typer.Exit
 
 
 @app.command()
@@ -66,6 +83,25 @@ def evaluate(
         _report_shift(folder)
     if ood is not None:
         _report_ood(folder, ood)
+
+
+@app.command()
+def export(
+    run_path: Annotated[
+        str, typer.Argument(metavar="RUN", help="A run folder or one of its checkpoints, by path or URI.")
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT.pt2", help="The file; one that is there is replaced.")],
+    network: Annotated[
+        str, typer.Option(metavar="NAME", help="student, teacher, student_ema, student_1 …")
+    ] = "student",
+) -> None:
+    """Write a run's student, ready for pixels, as one file that torch loads without this package."""
+    from bdkd_dist.launch import export as launched
+
+    said = launched.export(run_path, out, network)
+    size, classes = said["image_px"], said["num_classes"]
+    print_line(console, f"{network} {said['architecture']}, {said['num_parameters']:,} parameters, in {out}")
+    print_line(console, f"takes (N, {size}, {size}, 3) uint8 RGB, gives (N, {classes}) float32 logits")
 
 
 @app.command()
@@ -235,7 +271,7 @@ def tune(
         str | None,
         typer.Option(metavar="best|all", help="Whose test split is evaluated at the end.", show_default=False),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the search; trials have train.seed.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the search; trials have train.seed.")] = 0,
     address: Annotated[
         str | None,
         typer.Option(metavar="RAY", envvar="RAY_ADDRESS", help="Search on this Ray cluster: auto, or HOST:PORT."),

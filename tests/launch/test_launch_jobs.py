@@ -16,7 +16,7 @@ import ray_node
 import runs
 from ray_node import RayHead
 
-from bdkd_dist import cli
+from bdkd_dist import __version__, cli
 from bdkd_dist.data import jpeg
 
 NOBODY = "http://127.0.0.1:9"
@@ -174,6 +174,10 @@ MISTAKES = {
     "base": (["train", "above.yaml", "run.storage=/nfs/runs"], "recipe ../other.yaml does not travel"),
     "absent": (["train", "absent.yaml", "run.storage=/nfs/runs"], "recipe file absent.yaml does not exist"),
     "command": (["trian", "digits"], "unknown command for a job 'trian'; did you mean 'train'?"),
+    "space": (
+        ["tune", "space.py", "digits", "run.storage=/nfs/runs"],
+        "models.teacher_checkpoint=runs/alone: a job's own folder",
+    ),
     "evaluate": (["evaluate", "runs/mine"], "RUN=runs/mine: a job's own folder"),
     "prepare": (["prepare", "digits", "prepared"], "OUT=prepared: a job's own folder"),
     "secret": (
@@ -192,6 +196,10 @@ def test_what_would_go_wrong_there_is_said_here(
     (project / "above.yaml").write_text("base: ../other.yaml\n")
     (project / "private.yaml").write_text("base: digits\n")
     (project / ".gitignore").write_text("private.yaml\n")
+    (project / "space.py").write_text(
+        "from ray import tune\n\n\ndef search_space():\n"
+        '    return {"models.teacher_checkpoint": "runs/alone", "optimizer.lr": tune.loguniform(0.01, 0.1)}\n'
+    )
     line = _said(["submit", "--address", NOBODY, "--", *command], project, monkeypatch, capsys)
     assert line.startswith(expected)
     assert line.count("\n") == 1
@@ -253,6 +261,11 @@ def test_asking_after_jobs_loads_no_torch() -> None:
     ask = f"import sys; from bdkd_dist import cli; sys.argv = ['bdkd', 'jobs', 'list', '--address', '{NOBODY}']"
     code = f"{ask}\ntry: cli.main()\nexcept SystemExit: pass\nsys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
+
+
+def test_the_version_is_said() -> None:
+    done = subprocess.run([str(runs.BDKD), "--version"], capture_output=True, text=True, check=True, timeout=300)
+    assert done.stdout.strip() == __version__
 
 
 def test_the_package_runs_as_a_module() -> None:
