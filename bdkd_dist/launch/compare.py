@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -10,9 +11,10 @@ from bdkd_dist.config import Recipe
 from bdkd_dist.errors import UserError, nearest
 from bdkd_dist.launch.run_folder import RunFolder
 from bdkd_dist.launch.tune.folder import RECORD, SEARCH, TRIALS
-from bdkd_dist.records.comparison import Comparison, Run
+from bdkd_dist.records.comparison import Comparison, Run, described
 from bdkd_dist.records.comparison_report import is_comparison, methods_table, write_comparison
 from bdkd_dist.records.printing import print_line, print_table, warner
+from bdkd_dist.records.results import read_results
 
 PREDICTIONS = "predictions/test.parquet"
 
@@ -107,12 +109,20 @@ def _read(folder: RunFolder, say: Callable[[str], None]) -> Run:
     return run
 
 
-def _teacher(folder: RunFolder, recipe: Recipe, say: Callable[[str], None]) -> Recipe | None:
-    """Return the recipe of the run whose finished teacher taught this one; say so where it cannot be read any more."""
+def _teacher(folder: RunFolder, recipe: Recipe, say: Callable[[str], None]) -> dict[str, Any] | None:
+    """Return what the run computed whose finished teacher taught this one; say so where it cannot be read any more."""
     if recipe.models.teacher_checkpoint is None:
         return None
     try:
-        return RunFolder(recipe.models.teacher_checkpoint).read_recipe()
+        teacher = RunFolder(recipe.models.teacher_checkpoint)
+        taught_by = teacher.read_recipe()
     except UserError as error:
         say(f"{folder} is told from other runs by its teacher's path: {error}")
         return None
+    try:
+        teacher.fetch("results.json", say=say)
+        return described(taught_by, read_results(teacher.results))
+    except (OSError, ValueError, TypeError, AttributeError):  # damaged, or another version's: of unknown images
+        return described(taught_by, {})
+    finally:
+        teacher.discard()

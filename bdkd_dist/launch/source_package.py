@@ -1,5 +1,6 @@
 """What travels with a job: the source tree of a folder as one archive, never data, runs, environments or keys."""
 
+import re
 import subprocess
 import tempfile
 import zipfile
@@ -16,9 +17,12 @@ LEFT_OUT_FOLDERS = ("runs", "__pycache__")
 LEFT_OUT_SUFFIXES = (
     *(".beton", ".parquet", ".arrow", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".zip", ".npy", ".npz", ".h5", ".pkl"),
     *(".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".pt", ".pth", ".safetensors", ".onnx"),
-    *(".pem", ".key", ".p12"),
+    *(".pem", ".key", ".p12", ".pfx", ".ppk", ".env"),
 )
 """Data, weights and keys, wherever they lie."""
+KEYS = re.compile(r"(id_(rsa|dsa|ecdsa|ed25519)|(.*[_.-])?(credentials?|kubeconfig))([_.-]|$)")
+"""What a key file's name begins with, unless it is :data:`CODE`; so does ``application_default_credentials.json``."""
+CODE = (".py", ".pyi", ".c", ".cc", ".cpp", ".cu", ".h", ".hpp", ".sh", ".md", ".rst")
 
 
 def source_files(folder: Path) -> dict[str, Path]:
@@ -69,7 +73,9 @@ def write_archive(files: dict[str, Path], archive: Path) -> None:
 def _is_source(name: str) -> bool:
     parts = name.split("/")
     hidden = any(part.startswith(".") or part in LEFT_OUT_FOLDERS for part in parts)
-    return not hidden and Path(name).suffix.lower() not in LEFT_OUT_SUFFIXES
+    last = Path(name.lower())
+    is_key = KEYS.match(last.name) is not None and last.suffix not in CODE
+    return not hidden and not is_key and last.suffix not in LEFT_OUT_SUFFIXES
 
 
 def _not_ignored(folder: Path) -> Iterator[Path]:

@@ -20,6 +20,10 @@ from bdkd_dist.records.results import read_results
 METRICS = ("top1", "ece", "adaece", "nll", "brier")
 SEED = "train.seed"
 TEACHER = "models.teacher_checkpoint"
+FINGERPRINT = "data.fingerprint"
+"""Stands beside a recipe's keys: of the images, where the run's results say it (earlier versions' do not)."""
+STORING = ("data.max_side_px", "data.jpeg_quality")
+"""What makes other files of the same images."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,7 @@ class Run:
     name: str
     """What a person calls its folder."""
     recipe: dict[str, Any]
-    """Resolved, by dotted key."""
+    """Resolved, by dotted key, with :data:`FINGERPRINT`."""
     results: dict[str, dict[str, Any]]
     """Of the test split, by network; see :func:`bdkd_dist.engine.evaluate.calibrated`."""
     epochs: int
@@ -40,10 +44,14 @@ class Run:
     """By network."""
     class_names: list[str]
     teacher: dict[str, Any] | None = None
-    """The recipe, by dotted key, of the run whose finished teacher taught it, where that is known."""
+    """The recipe, as the run's own, of the run whose finished teacher taught it, where that is known."""
+    test_fingerprint: str | None = None
+    """Of the test images' files; None of earlier versions' runs."""
 
     @classmethod
-    def read(cls, name: str, recipe: Recipe, results: Path, predictions: Path, teacher: Recipe | None = None) -> "Run":
+    def read(
+        cls, name: str, recipe: Recipe, results: Path, predictions: Path, teacher: dict[str, Any] | None = None
+    ) -> "Run":
         """Read what a run left.
 
         Args:
@@ -51,7 +59,7 @@ class Run:
             recipe: The resolved one.
             results: Its ``results.json``.
             predictions: Its ``predictions/test.parquet``.
-            teacher: The recipe of the run at ``models.teacher_checkpoint``, where that is known.
+            teacher: What :func:`described` returns of the run at ``models.teacher_checkpoint``, where that is known.
 
         Raises:
             UserError: A file is damaged, or of another version.
@@ -63,6 +71,7 @@ class Run:
             measured = read_results(results)
             test, epochs = measured["test"], int(measured["epochs"])
             _check_measured(test)
+            own, tested_on = described(recipe, measured), measured.get("data", {}).get("test_fingerprint")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(_unreadable(name, "results.json", error)) from None
         try:
@@ -72,13 +81,19 @@ class Run:
             class_names = json.loads(table.schema.metadata[b"class_names"])
         except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
             raise UserError(_unreadable(name, "predictions/test.parquet", error)) from None
-        index, taught_by = table["index"].to_numpy(), None if teacher is None else flatten(teacher.to_dict())
-        return cls(name, flatten(recipe.to_dict()), test, epochs, index, label, said, class_names, taught_by)
+        index = table["index"].to_numpy()
+        return cls(name, own, test, epochs, index, label, said, class_names, teacher, tested_on)
 
     @property
     def seed(self) -> int:
         """The training's."""
         return self.recipe[SEED]
+
+
+def described(recipe: Recipe, results: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a run's recipe by dotted key, with :data:`FINGERPRINT` where its results say it."""
+    fingerprint = results.get("data", {}).get("fingerprint")
+    return flatten(recipe.to_dict()) | ({} if fingerprint is None else {FINGERPRINT: fingerprint[:12]})
 
 
 @dataclass(frozen=True)
@@ -208,25 +223,36 @@ class Comparison:
 def _identities(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """Return what each run computes, but for seeds: finished teachers of one recipe go by the first one's name."""
     first: dict[str, str] = {}
-    identities = []
+    teachers = iter(_computed([run.teacher for run in runs if run.teacher is not None]))
+    recipes = []
     for run in runs:
-        identity = _computed(run.recipe)
+        taught = {}
         if run.teacher is not None:
-            key = json.dumps(_computed(run.teacher), sort_keys=True)
-            identity[TEACHER] = first.setdefault(key, identity[TEACHER])
-        identities.append(identity)
-    return identities
+            taught[TEACHER] = first.setdefault(json.dumps(next(teachers), sort_keys=True), run.recipe[TEACHER])
+        recipes.append(run.recipe | taught)
+    return _computed(recipes)
 
 
-def _computed(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in recipe.items() if not key.startswith((*NOT_IDENTITY, SEED))}
+def _computed(recipes: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return what each recipe computes; where its data are not known, they are those of the first like it."""
+    left_out = (*NOT_IDENTITY, SEED, FINGERPRINT)
+    computed = [{key: value for key, value in recipe.items() if not key.startswith(left_out)} for recipe in recipes]
+    rest = [json.dumps(one, sort_keys=True) for one in computed]
+    data: dict[str, str] = {}
+    for key, recipe in zip(rest, recipes, strict=True):
+        if FINGERPRINT in recipe:
+            data.setdefault(key, recipe[FINGERPRINT])
+    for one, key, recipe in zip(computed, rest, recipes, strict=True):
+        if key in data:
+            one[FINGERPRINT] = recipe.get(FINGERPRINT, data[key])
+    return computed
 
 
 def method_labels(identities: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return for each recipe, by dotted key, in what it differs from the others; nothing where there is but one.
 
     An objective's parameters, and what its teacher began as, are told among those of the same objective: between two
-    objectives the name says it.
+    objectives the name says it. So are data among those of the same storing.
     """
     if len(identities) == 1:
         return []
@@ -248,6 +274,8 @@ def _differing(own: Mapping[str, Any], identities: Sequence[Mapping[str, Any]]) 
     for key in sorted(own, key=lambda key: (key != "objective.name", not key.startswith("objective."))):
         of_objective = key == TEACHER or (key.startswith("objective.") and key != "objective.name")
         others = [i for i in identities if not of_objective or i["objective.name"] == own["objective.name"]]
+        if key == FINGERPRINT:
+            others = [i for i in others if key in i and all(i[by] == own[by] for by in STORING)]
         if any(key not in other or other[key] != own[key] for other in others):
             yield key
 
@@ -322,6 +350,16 @@ def _check_same_data(runs: Sequence[Run]) -> None:
         for number, (there, here) in enumerate(zip(run.class_names, first.class_names, strict=True)):
             if there != here:
                 raise UserError(f"{both}: class {number} is '{there}' there, '{here}' here")
+    tested: dict[tuple[Any, ...], tuple[str, str]] = {}
+    for run in runs:
+        own = run.test_fingerprint
+        if own is not None:
+            name, other = tested.setdefault(tuple(run.recipe[key] for key in STORING), (run.name, own))
+            if own != other:
+                raise UserError(
+                    f"{run.name} and {name} are of different data: their test images differ "
+                    f"(fingerprint {own[:12]} there, {other[:12]} here)"
+                )
 
 
 def _letter(number: int) -> str:

@@ -1,5 +1,6 @@
 """`bdkd compare` on real runs: what it takes, what it writes, what it refuses, and its page in a real browser."""
 
+import hashlib
 import io
 import json
 import shutil
@@ -98,6 +99,16 @@ def test_differences_are_those_of_the_predictions(compared: tuple[Path, str], ru
         assert row[f"difference_{metric}_high"] == pytest.approx(high, abs=1e-12)
 
 
+def test_results_say_on_which_images(runs: Path, cache: Path) -> None:
+    said = [json.loads((runs / name / "results.json").read_text())["data"] for name in TRAINED]
+    (path,) = cache.glob("digits-*/manifest.json")
+    manifest = json.loads(path.read_text())
+    sums = {name: [part["sha256"] for part in parts] for name, parts in sorted(manifest["splits"].items())}
+    assert [one["fingerprint"] for one in said] == 4 * [hashlib.sha256(json.dumps(sums).encode()).hexdigest()]
+    files = [hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(path.parent.glob("test-*.beton"))]
+    assert [one["test_fingerprint"] for one in said] == 4 * [hashlib.sha256(json.dumps(files).encode()).hexdigest()]
+
+
 def test_seeds_taught_by_their_own_teachers_are_one_method_while_these_are_there(runs: Path, tmp_path: Path) -> None:
     places = []
     for seed in (0, 1):
@@ -113,6 +124,12 @@ def test_seeds_taught_by_their_own_teachers_are_one_method_while_these_are_there
         return table["method"].to_pylist()
 
     assert methods() == ["A", "A"]
+    results = json.loads((tmp_path / "by-1/results.json").read_text())
+    results["data"]["fingerprint"] = "0" * 64
+    (tmp_path / "by-1/results.json").write_text(json.dumps(results))
+    assert methods() == ["A", "B"], "a teacher of other images"
+    (tmp_path / "by-1/results.json").unlink()
+    assert methods() == ["A", "A"], "a teacher of unknown images"
     (tmp_path / "by-1").rename(tmp_path / "moved")
     assert methods() == ["A", "B"]
 
@@ -223,6 +240,13 @@ def of_other_data(folder: Path) -> str:
     return "dml-0 and .*bdkd-0 are of different data: data.dataset is cifar10 there, digits here"
 
 
+def of_other_test_images(folder: Path) -> str:
+    results = json.loads((folder / "dml-0/results.json").read_text())
+    results["data"]["test_fingerprint"] = "0" * 64
+    (folder / "dml-0/results.json").write_text(json.dumps(results))
+    return "dml-0 and .*bdkd-0 are of different data: their test images differ"
+
+
 def no_search(folder: Path) -> str:
     (folder / "bdkd-0/recipe.yaml").unlink()
     (folder / "bdkd-0/trials/0000-x").mkdir(parents=True)
@@ -234,7 +258,10 @@ def not_begun(folder: Path) -> str:
     return "bdkd-0: none of its 0 trials is tested yet"
 
 
-SPOILT = [unfinished, without_predictions, without_recipe, damaged, misspelt, of_other_data, no_search, not_begun]
+SPOILT = [
+    *(unfinished, without_predictions, without_recipe, damaged, misspelt, of_other_data, of_other_test_images),
+    *(no_search, not_begun),
+]
 
 
 @pytest.mark.parametrize("spoil", SPOILT)

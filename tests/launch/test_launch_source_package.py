@@ -47,6 +47,36 @@ def test_data_runs_environments_secrets_and_ignored_files_stay(tmp_path: Path, r
     assert own(tmp_path) == ["data/reading.py", "lib/util.py", "my_nets.py", "recipes/mine.yaml"]
 
 
+def test_key_files_stay_whatever_their_folder_and_code_of_their_name_travels(tmp_path: Path) -> None:
+    make(
+        tmp_path,
+        "keys.env",
+        "cluster/Prod.ENV",
+        ".env.local",
+        "id_rsa",
+        "deploy/id_ed25519",
+        "id_ecdsa_sk",
+        "id_dsa.pub",
+    )
+    make(tmp_path, "credentials", "credentials.json", "credentials-old.yaml", "aws/credentials.ini", "credentials.csv")
+    make(tmp_path, "application_default_credentials.json", "kubeconfig", "lab.kubeconfig", "kubeconfig.yaml")
+    code = [
+        "credentials.py",
+        "environments.py",
+        "id_rsa_net.py",
+        "identity.yaml",
+        "kubeconfigs.yaml",
+        "recipes/env.yaml",
+    ]
+    make(tmp_path, *code)
+    assert own(tmp_path) == sorted(code)
+
+
+def test_git_ignores_files_of_keys() -> None:
+    done = subprocess.run(["git", "-C", CHECKOUT, "check-ignore", "keys.env", "cluster/prod.env"], capture_output=True)
+    assert done.stdout.split() == [b"keys.env", b"cluster/prod.env"]
+
+
 def test_a_link_to_a_folder_of_data_is_not_followed(tmp_path: Path) -> None:
     make(tmp_path, "elsewhere/huge.py", "project/a.py")
     (tmp_path / "project/linked").symlink_to(tmp_path / "elsewhere")
