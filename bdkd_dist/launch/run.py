@@ -62,7 +62,13 @@ def train(recipe: Recipe, console: Console, address: str | None = None) -> RunFo
             highlight=False,
             soft_wrap=True,
         )
-        progress = Progress(recipe.train.epochs, console)
+        schedule, epochs = recipe.schedule, recipe.train.epochs
+        if schedule.kind == "step" and schedule.milestones[0] >= epochs:
+            warn(
+                f"schedule.milestones={list(schedule.milestones)}: none comes within train.epochs={epochs}, the learning "
+                "rate stays what it is; set them too, or schedule.kind=cosine"
+            )
+        progress = Progress(epochs, console)
         try:
             if address is None and recipe.launch.max_workers == 1:
                 local.train(recipe, folder, progress, warn)
