@@ -151,8 +151,8 @@ def _kept(out: Path, teacher_wanted: Callable[[Path], bool]) -> Iterator[tuple[P
             continue
         for pattern in KEPT_OF_FINISHED:
             yield from ((path, path.read_bytes()) for path in sorted(run.glob(pattern)))
-        if teacher_wanted(run):
-            newest = sorted(run.glob(CHECKPOINTS))[-1]
+        newest = max(run.glob(CHECKPOINTS), default=None)
+        if newest is not None and teacher_wanted(run):
             content = io.BytesIO()
             torch.save({"networks": {"teacher": load(newest)["networks"]["teacher"]}}, content)
             yield newest, content.getvalue()

@@ -250,7 +250,8 @@ def check_one_method(out: Path, names: list[str]) -> None:
             if key not in ("train.seed", "models.teacher_checkpoint"):
                 raise SystemExit(
                     f"{out}: {key} is {there} in {names[0]} and {here} in {name}: no one method; delete what is not "
-                    "wanted, and the same command trains it again"
+                    "wanted (a carried ce's teacher is there no more: with a kd delete its ce), and the same command "
+                    "trains it again"
                 )
 
 

@@ -45,6 +45,8 @@ def compare(where: Sequence[str], out: Path, console: Console) -> Path:
     except OSError as error:
         raise UserError(f"--out {out}: {error.strerror or error}") from None
     print_table(console, methods_table(comparison))
+    for line in comparison.other_files:
+        warner(console)(line)
     print_line(console, f"report  {page}")
     return page
 

@@ -4,11 +4,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from bdkd_dist import models
 from bdkd_dist.engine.deploy import exported
-from bdkd_dist.errors import UserError, unknown
+from bdkd_dist.errors import UserError, first_line, unknown
 from bdkd_dist.launch import named_run
 from bdkd_dist.launch.run_folder import RunFolder
 from bdkd_dist.records.files import atomic_write, json_text
@@ -36,8 +37,7 @@ def export(run: str, out: Path, network: str = "student") -> dict[str, Any]:
     folder, name = named_run.find(run)
     recipe = folder.read_recipe()
     state, _ = named_run.checkpoints(folder, name).read_newest()
-    if state is None:
-        raise UserError(f"{folder} holds no checkpoint yet")
+    assert state is not None  # there is one, and it is whole
     weights = state["networks"]
     if network not in weights:
         raise unknown("--network", network, weights)
@@ -67,13 +67,19 @@ def _measured(folder: RunFolder, network: str, step: int) -> dict[str, Any]:
     if not folder.finished:
         return nothing
     folder.fetch("results.json", "predictions/test.parquet")
-    results = read_results(folder.results)
-    if results["step"] != step:
-        return nothing
-    metadata = pq.read_schema(folder.predictions / "test.parquet").metadata
-    found = results["test"][network]
-    return {
-        "classes": json.loads(metadata[b"class_names"]),
-        "temperature": found["temperature"],
-        "test": {key: found["raw"][key] for key in ("top1", "ece", "nll")},
-    }
+    try:
+        results = read_results(folder.results)
+        if results["step"] != step:
+            return nothing
+        metadata = pq.read_schema(folder.predictions / "test.parquet").metadata
+        found = results["test"][network]
+        return {
+            "classes": json.loads(metadata[b"class_names"]),
+            "temperature": found["temperature"],
+            "test": {key: found["raw"][key] for key in ("top1", "ece", "nll")},
+        }
+    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
+        raise UserError(
+            f"{folder}: results.json or predictions/test.parquet cannot be read ({type(error).__name__}: "
+            f"{first_line(error)}); bdkd evaluate writes them anew"
+        ) from None

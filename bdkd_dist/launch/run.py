@@ -65,8 +65,8 @@ def train(recipe: Recipe, console: Console, address: str | None = None) -> RunFo
         schedule, epochs = recipe.schedule, recipe.train.epochs
         if schedule.kind == "step" and schedule.milestones[0] >= epochs:
             warn(
-                f"schedule.milestones={list(schedule.milestones)}: none comes within train.epochs={epochs}, the learning "
-                "rate stays what it is; set them too, or schedule.kind=cosine"
+                f"schedule.milestones={list(schedule.milestones)}: none comes within train.epochs={epochs}, the "
+                "learning rate stays what it is; set them too, or schedule.kind=cosine"
             )
         progress = Progress(epochs, console)
         try:

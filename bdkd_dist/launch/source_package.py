@@ -17,10 +17,10 @@ LEFT_OUT_FOLDERS = ("runs", "__pycache__")
 LEFT_OUT_SUFFIXES = (
     *(".beton", ".parquet", ".arrow", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".zip", ".npy", ".npz", ".h5", ".pkl"),
     *(".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".pt", ".pth", ".safetensors", ".onnx"),
-    *(".pem", ".key", ".p12", ".pfx", ".ppk", ".env"),
+    *(".pem", ".key", ".p12", ".pfx", ".ppk"),
 )
 """Data, weights and keys, wherever they lie."""
-KEYS = re.compile(r"(id_(rsa|dsa|ecdsa|ed25519)|(.*[_.-])?(credentials?|kubeconfig))([_.-]|$)")
+KEYS = re.compile(r"(id_(rsa|dsa|ecdsa|ed25519)|(.*[_.-])?(credentials?|secrets?|kubeconfig)|.*\.env)([_.-]|$)")
 """What a key file's name begins with, unless it is :data:`CODE`; so does ``application_default_credentials.json``."""
 CODE = (".py", ".pyi", ".c", ".cc", ".cpp", ".cu", ".h", ".hpp", ".sh", ".md", ".rst")
 

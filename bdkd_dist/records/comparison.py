@@ -195,8 +195,19 @@ class Comparison:
                     pairs.append((earlier, run.name))
         return pairs
 
+    @cached_property
+    def other_files(self) -> list[str]:
+        """Say of which runs the test images' files are not those of the first run that knows its own."""
+        known = [run for method in self.methods for run in method.runs if run.test_fingerprint is not None]
+        return [
+            f"{run.name} was tested on other files than {known[0].name}: on other images, or on the same ones stored "
+            "in another way"
+            for run in known
+            if run.test_fingerprint != known[0].test_fingerprint
+        ]
+
     def same_images(self, method: Method) -> bool:
-        """Whether a method's runs were tested on the very images, with the labels, that the first method's were."""
+        """Whether a method's runs were tested on the images, by place and label, that the first method's were."""
         first = self.methods[0].runs[0]
         return all(
             np.array_equal(first.index, run.index) and np.array_equal(first.label, run.label)
@@ -350,16 +361,6 @@ def _check_same_data(runs: Sequence[Run]) -> None:
         for number, (there, here) in enumerate(zip(run.class_names, first.class_names, strict=True)):
             if there != here:
                 raise UserError(f"{both}: class {number} is '{there}' there, '{here}' here")
-    tested: dict[tuple[Any, ...], tuple[str, str]] = {}
-    for run in runs:
-        own = run.test_fingerprint
-        if own is not None:
-            name, other = tested.setdefault(tuple(run.recipe[key] for key in STORING), (run.name, own))
-            if own != other:
-                raise UserError(
-                    f"{run.name} and {name} are of different data: their test images differ "
-                    f"(fingerprint {own[:12]} there, {other[:12]} here)"
-                )
 
 
 def _letter(number: int) -> str:

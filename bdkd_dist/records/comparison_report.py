@@ -279,6 +279,8 @@ def _runs(made: Page, comparison: Comparison) -> None:
     ]
     same = "Runs whose recipes, and their finished teachers' recipes, differ in train.seed alone are one method."
     made.table(("method", "run", "seed", "epochs"), rows, same)
+    for line in comparison.other_files:
+        made.text(f"{line}.")
     for one, other in comparison.repeated:
         made.text(f"{one} and {other} have the same recipe and seed: what parts them is no choice of the seed.")
 

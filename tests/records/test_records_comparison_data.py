@@ -60,19 +60,16 @@ def test_a_run_of_an_earlier_version_is_told_by_its_recipe(tmp_path: Path, order
     assert [label for label, _ in methods(*(made[n] for n in order), dml)] == ["objective bdkd", "objective dml"]
 
 
-def test_runs_whose_test_images_differ_are_refused(tmp_path: Path) -> None:
+def test_runs_that_were_tested_on_other_files_are_said(tmp_path: Path) -> None:
     old, one, other = (
         trained_on(tmp_path / "old", None, "objective.name=dml"),
         trained_on(tmp_path / "one", ONE),
         trained_on(tmp_path / "other", OTHER, "train.seed=2", test=OTHER_TEST),
     )
-    with pytest.raises(UserError) as caught:
-        Comparison.of([old, one, other])
-    assert str(caught.value) == (
-        "runs/other and runs/one are of different data: their test images differ "
-        "(fingerprint bbbbbbbbbbbb there, aaaaaaaaaaaa here)"
-    )
-    assert len(Comparison.of([old, other]).methods) == 2
+    assert Comparison.of([old, one, other]).other_files == [
+        "runs/other was tested on other files than runs/one: on other images, or on the same ones stored in another way"
+    ]
+    assert Comparison.of([old, other]).other_files == []
 
 
 def test_the_same_images_stored_otherwise_are_compared_and_called_by_that(tmp_path: Path) -> None:

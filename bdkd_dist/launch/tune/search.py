@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ray import tune
+from ray.exceptions import RayTaskError
 from rich.console import Console
 
 from bdkd_dist import config
@@ -87,7 +88,7 @@ def search(space_path: str, recipe: Recipe, asked: Asked, console: Console, addr
         WorkersLost: There was no room for a trial for ``launch.wait_timeout_s``; what was found is kept.
     """
     plan, test = _planned(space_path, recipe, asked)
-    warn = warner(console)
+    warn, command = warner(console), shlex.join(["bdkd", *sys.argv[1:]])
     run = RunFolder.of(recipe)
     folder = SearchFolder(run, warn)
     first = listed(plan)[0]["values"] if plan.search in LISTED else plan.space.draws(1, plan.seed)[0]
@@ -102,6 +103,8 @@ def search(space_path: str, recipe: Recipe, asked: Asked, console: Console, addr
             "scheduler": plan.scheduler,
             "seed": plan.seed,
             "space": plan.space.text,
+            # Its relative paths are of the folder that the search was begun in.
+            **({"paths": places} if (places := plan.space.absolute_paths) else {}),
         }
         folder.check_owner(recipe, identity)
         trials = {trial.number: trial for trial in folder.trials()}
@@ -127,8 +130,11 @@ def search(space_path: str, recipe: Recipe, asked: Asked, console: Console, addr
                 there.connect()
             try:
                 evaluate_on_test(folder, untested, there, warn)
-            finally:
-                found.write(shlex.join(["bdkd", *sys.argv[1:]]))
+            except (UserError, WorkersLost, RayTaskError):  # the others' results are there
+                with suppress(UserError):
+                    found.write(command)
+                raise
+            found.write(command)
     return found
 
 

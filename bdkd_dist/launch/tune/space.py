@@ -48,6 +48,8 @@ class Space:
     """The file's source."""
     relative_paths: tuple[tuple[str, str], ...] = ()
     """Keys, and paths as the file gives them, that were made absolute for trials, which work in another folder."""
+    absolute_paths: tuple[str, ...] = ()
+    """What became of them."""
 
     def grid_size(self) -> int | None:
         """Return the number of combinations, or None where the space is not made of grids and constants alone."""
@@ -275,16 +277,17 @@ def _check(space: Space, recipe: Recipe) -> None:
 
 def _with_absolute_paths(space: Space, recipe: Recipe) -> Space:
     """Return the space for trials, whose working directory is another."""
-    relative = []
+    relative, absolutes = [], []
 
     def absolute(key: str, value: Any) -> Any:
         place = _absolute(key, value, recipe)
         if place != value:
             relative.append((key, value))
+            absolutes.append(place)
         return place
 
     domains = {key: _each(domain, partial(absolute, key)) for key, domain in space.space.items()}
-    return replace(space, space=domains, relative_paths=tuple(relative))
+    return replace(space, space=domains, relative_paths=tuple(relative), absolute_paths=tuple(absolutes))
 
 
 def _absolute(key: str, value: Any, recipe: Recipe) -> Any:

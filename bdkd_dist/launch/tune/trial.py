@@ -89,6 +89,7 @@ class TrialProcess(Trainable):
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """See Ray's ``Trainable``: the process takes another trial, or the same one with other values."""
         self._close()
+        release()
         self._begin(new_config)
         return True
 
@@ -167,6 +168,12 @@ class TrialProcess(Trainable):
         return {**report, "finished": finished}
 
     def _open(self) -> Trainer:
+        # The driver wrote it before it asked for the trial. First of all: nothing is to be written where it is not.
+        if not patiently(lambda: self.folder.sees(RECORD), self._warn):
+            raise UserError(
+                f"run.storage: node {socket.gethostname()} does not see {self.folder}, where the search was "
+                "begun; give a path that all nodes share, or a URI (s3://…)"
+            )
         first = next(role for role in self.recipe.models.by_role if role != "teacher")
         self._hparams = HParams(self.folder.path, self.values, tuple(f"val/{first}/{name}" for name in SHOWN_METRICS))
         recipe = config.replace(self.recipe, self.values | self._run)
@@ -176,11 +183,6 @@ class TrialProcess(Trainable):
         if taking := bool(self._taken_over):
             take_over(folder, self._taken_over, {"taken": self._taken, "values": self.values}, self._warn)
             self._taken_over = b""
-        if not folder.sees(RECORD):  # which the driver wrote before it asked for the trial
-            raise UserError(
-                f"run.storage: node {socket.gethostname()} does not see {folder}, where the search was begun; give a "
-                "path that all nodes share, or a URI (s3://…)"
-            )
         folder.path.mkdir(parents=True, exist_ok=True)
         folder.fetch("environment.json", say=self._warn)
         atomic_write(folder.recipe, recipe.to_yaml().encode())
@@ -196,10 +198,10 @@ class TrialProcess(Trainable):
         trainer.start()
         self._trainer = trainer
         # What lies behind a state that was taken over the donor has said.
-        self._past = deque([] if taking else self._unheard(validations(folder.path / METRICS, trainer.epoch)))
+        self._past = deque([] if taking else self._unheard(validations(folder.path / METRICS, trainer.epoch), recipe))
         return trainer
 
-    def _unheard(self, past: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def _unheard(self, past: list[dict[str, Any]], recipe: Recipe) -> list[dict[str, Any]]:
         """Return which of its reports the trial has to say (again): what the driver did not hear, or its scheduler."""
         if self._resumed and self.replays:
             return past
@@ -207,7 +209,7 @@ class TrialProcess(Trainable):
         heard = Trial.from_json(record).reports[-1:] if record is not None else []
         unheard = [report for report in past if not heard or report["epoch"] > heard[0].epoch]
         # One whose end was heard and that is asked again says that again: there is nothing to train.
-        return unheard or [report for report in past[-1:] if report["epoch"] == self.recipe.train.epochs]
+        return unheard or [report for report in past[-1:] if report["epoch"] == recipe.train.epochs]
 
     def _failed(self, error: BaseException) -> dict[str, Any]:
         own = isinstance(error, Diverged | UserError | DataError | Superseded)
@@ -234,8 +236,6 @@ class TrialProcess(Trainable):
         self._stack.close()
         self._stack = ExitStack()
         self.ranks.close()
-        del trainer
-        release()
 
     def _warn(self, line: str) -> None:
         self._said.append(line)
