@@ -16,7 +16,8 @@ LIMIT_BYTES = 100 * 2**20
 LEFT_OUT_FOLDERS = ("runs", "__pycache__")
 LEFT_OUT_SUFFIXES = (
     *(".beton", ".parquet", ".arrow", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".zip", ".npy", ".npz", ".h5", ".pkl"),
-    *(".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".pt", ".pth", ".safetensors", ".onnx"),
+    *(".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"),
+    *(".pt", ".pt2", ".pth", ".safetensors", ".onnx"),
     *(".pem", ".key", ".p12", ".pfx", ".ppk"),
 )
 """Data, weights and keys, wherever they lie."""
