@@ -30,7 +30,8 @@ def export(run: str, out: Path, network: str = "student") -> dict[str, Any]:
         None for a checkpoint that is not the finished run's last.
 
     Raises:
-        UserError: There is no such network or checkpoint, torch.export cannot follow it, or the file cannot be written.
+        UserError: There is no such network or checkpoint, it is another one than is built now, torch.export cannot
+            follow it, or the file cannot be written.
     """
     if not out.absolute().parent.is_dir():
         raise UserError(f"OUT {out}: the folder {out.parent} does not exist")
@@ -43,7 +44,10 @@ def export(run: str, out: Path, network: str = "student") -> dict[str, Any]:
         raise unknown("--network", network, weights)
     architecture = recipe.models.by_role[network.removesuffix("_ema")]
     built = models.build(architecture, recipe.data.num_classes)
-    built.load_state_dict(weights[network])
+    try:
+        built.load_state_dict(weights[network])
+    except RuntimeError:
+        raise UserError(f"{folder}: its {network} is another network than {architecture} is now") from None
     said = {
         "network": network,
         "architecture": architecture,

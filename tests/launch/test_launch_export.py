@@ -1,6 +1,7 @@
 """`bdkd export`: the file gives, without this package, what the run found of its images."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -100,6 +101,11 @@ class TestARun:
         ]
         no_run = execute([str(BDKD), "export", str(tmp_path), str(out)], status=2)
         assert no_run.stderr.splitlines() == [f"{tmp_path} is not a run folder (it holds no recipe.yaml)"]
+        altered = shutil.copytree(run, tmp_path / "altered")
+        recipe = (run / "recipe.yaml").read_text()
+        (altered / "recipe.yaml").write_text(recipe.replace("student: resnet8", "student: resnet20"))
+        other = execute([str(BDKD), "export", str(altered), str(out)], status=2)
+        assert other.stderr.splitlines() == [f"{altered}: its student is another network than resnet20 is now"]
         assert out.read_text() == "earlier"
 
     def test_of_a_checkpoint_amid_a_run_nothing_is_said_that_was_not_measured(

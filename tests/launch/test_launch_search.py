@@ -143,6 +143,23 @@ def test_a_trial_that_cannot_be_evaluated_costs_neither_the_others_nor_the_repor
     assert (search / "report.html").is_file()
 
 
+def test_a_search_over_relative_paths_goes_on_from_its_own_folder_alone(
+    cache: Path, written: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = searches.grid(lr=[0.05]).replace("    return {", '    return {\n        "data.stage_folder": "copies",')
+    words = command(written(lines), cache, tmp_path, "train.epochs=1")
+    for name in ("here", "elsewhere"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert "searching" in execute(words).stdout
+    recipe = config.load(str(next(tmp_path.glob("search/trials/*/recipe.yaml"))))
+    assert recipe.data.stage_folder == str(tmp_path / "here/copies")
+    assert "searching" not in execute(words).stdout
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    (line,) = execute(words, status=2).stderr.splitlines()
+    assert "holds another search (paths is" in line
+
+
 def test_another_search_in_the_folder_is_refused(ended: Path, cache: Path, written: Callable[[str], Path]) -> None:
     same = searches.grid(lr=[0.05, 1e12], seed=[0, 1])
     files = {path: path.stat().st_mtime_ns for path in ended.rglob("*") if path.is_file() and path.name != "run.lock"}

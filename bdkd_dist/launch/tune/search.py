@@ -104,7 +104,7 @@ def search(space_path: str, recipe: Recipe, asked: Asked, console: Console, addr
             "seed": plan.seed,
             "space": plan.space.text,
             # Its relative paths are of the folder that the search was begun in.
-            **({"paths": places} if (places := plan.space.absolute_paths) else {}),
+            **({"paths": list(places)} if (places := plan.space.absolute_paths) else {}),
         }
         folder.check_owner(recipe, identity)
         trials = {trial.number: trial for trial in folder.trials()}
