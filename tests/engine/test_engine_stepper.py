@@ -67,12 +67,9 @@ def test_two_compiled_ranks_equal_two_eager_ones(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_next_trainer_of_a_process_is_compiled_too_and_the_last_one_is_gone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@torch._dynamo.config.patch(recompile_limit=2, fail_on_recompile_limit_hit=True)  # an epoch has batches of two sizes
+def test_the_next_trainer_of_a_process_is_compiled_too_and_the_last_one_is_gone(tmp_path: Path) -> None:
     torch._dynamo.reset()
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)  # an epoch has batches of two sizes
-    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
     for number in range(2):
         of_trial = ["train.compile=true", "train.epochs=1", f"objective.nu_forward={2 + number}"]
         made = trainer(tmp_path / str(number), *of_trial)
@@ -126,11 +123,11 @@ class Waiting(Dropping):
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("student", ["resnet8", "test_engine_stepper:Dropping"])
+@torch._dynamo.config.patch(fail_on_recompile_limit_hit=True)
 def test_a_recorded_run_has_the_bits_of_one_that_is_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str, student: str
 ) -> None:
     torch._dynamo.reset()
-    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     settings = [*GENTLE, "train.compile=true", f"train.precision={precision}", f"models.student={student}"]
     settings += ["train.epochs=4", "schedule.kind=cosine", "optimizer.clip_grad_norm=1"]
