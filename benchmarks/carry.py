@@ -25,7 +25,7 @@ import torch
 import yaml
 
 from bdkd_dist.engine.checkpoint import load
-from bdkd_dist.records.files import sync
+from bdkd_dist.files import sync
 
 PART_BYTES = 15 * 2**20
 PART = re.compile(r"part-(?P<serial>\d+)-(?P<digest>[0-9a-f]{16})-\d+-of-\d+")

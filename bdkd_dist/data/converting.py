@@ -17,10 +17,11 @@ from typing import Literal
 from uuid import uuid4
 
 from bdkd_dist.data.beton import BetonWriter
-from bdkd_dist.data.prepared import Part, write_json
+from bdkd_dist.data.prepared import Part
 from bdkd_dist.data.sources import Piece, Sample
 from bdkd_dist.data.storing import UNDECODABLE, Check, Stored, num_bytes, store
 from bdkd_dist.errors import UserError, first_line
+from bdkd_dist.files import atomic_write, json_text
 
 Undecodable = Literal["stop", "leave-out"]
 Tell = Callable[[str, int], None]
@@ -173,7 +174,8 @@ def convert(task: Task, decoders: Executor, ahead: int, tell: Tell, stop: Event)
             part = Part(task.path.name, len(task.piece) - len(left_out), scratch.stat().st_size, writer.sha256)
             scratch.replace(task.path)
         converted = Converted(part, tuple(left_out))
-        write_json(task.record, {"fingerprint": task.fingerprint, "check": task.rules.check} | asdict(converted))
+        record = {"fingerprint": task.fingerprint, "check": task.rules.check} | asdict(converted)
+        atomic_write(task.record, json_text(record, indent=1))
     finally:
         for leftover in scratch.parent.glob(f"{scratch.name}*"):
             leftover.unlink(missing_ok=True)

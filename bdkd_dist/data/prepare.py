@@ -169,7 +169,9 @@ def _build(
     """Convert the pieces that are not finished yet, then write report and manifest and give the folder its name."""
     building = _building(folder)
     building.mkdir(exist_ok=True)
-    if strange := [path.name for path in building.iterdir() if not re.search(r"\.(beton|json|parquet)", path.name)]:
+    if strange := [
+        path.name for path in building.iterdir() if not re.search(r"\.(beton|json|parquet|partial)", path.name)
+    ]:
         raise UserError(f"{building} holds other files ({strange[0]}): give another folder, or remove them")
     tasks = list(_tasks(source, building, rules))
     known = {task.path.name: before for task in tasks if (before := finished(task))}

@@ -7,6 +7,7 @@ which are read as one. The manifest is written last, so a folder with one is com
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bdkd_dist.errors import UserError
+from bdkd_dist.files import atomic_write, json_text
 
 if TYPE_CHECKING:
     from bdkd_dist.data.sources.storage import Place
@@ -113,7 +115,7 @@ def write_manifest(prepared: Prepared) -> None:
         "check": prepared.check,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    write_json(prepared.folder / MANIFEST, manifest)
+    atomic_write(prepared.folder / MANIFEST, json_text(manifest, indent=1))
 
 
 def read_manifest(folder: Path) -> Prepared:
@@ -192,7 +194,7 @@ def verify(prepared: Prepared) -> None:
             if complaint:
                 raise UserError(f"{complaint}; delete the folder {prepared.folder} to prepare it again")
     with suppress(OSError):  # a folder that may only be read is verified by every run
-        write_json(prepared.folder / VERIFIED, {part.file: stamp_of(prepared, part) for part in prepared.parts})
+        write_verified(prepared, prepared.parts)
 
 
 def sha256_of(path: Path) -> str:
@@ -232,15 +234,7 @@ def read_verified(folder: Path) -> dict[str, list[Any]]:
     return stamps if isinstance(stamps, dict) else {}
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write beside and rename, so that no reader sees half a file."""
-    beside = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        with beside.open("w") as file:
-            json.dump(value, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    except BaseException:  # a full disk, Ctrl-C
-        beside.unlink(missing_ok=True)
-        raise
+def write_verified(prepared: Prepared, whole: Sequence[Part]) -> None:
+    """Write down which of a folder's files were found whole, so that nobody reads them again for that."""
+    stamps = {part.file: stamp_of(prepared, part) for part in whole}
+    atomic_write(prepared.folder / VERIFIED, json_text(stamps, indent=1))

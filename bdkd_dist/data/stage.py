@@ -18,15 +18,14 @@ from typing import Any, Literal
 
 from bdkd_dist.data.node_folder import node_folder
 from bdkd_dist.data.prepared import (
-    VERIFIED,
     Part,
     Prepared,
     complaint_about,
     is_prepared,
     read_verified,
     stamp_of,
-    write_json,
     write_manifest,
+    write_verified,
 )
 from bdkd_dist.data.sources.storage import THREADS, File
 from bdkd_dist.data.turns import turn_at
@@ -84,7 +83,7 @@ def _missing(staged: Prepared) -> list[Part]:
         complaints = list(pool.map(lambda part: complaint_about(staged.folder / part.file, part), unknown))
     missing = [part for part, complaint in zip(unknown, complaints, strict=True) if complaint]
     if len(missing) < len(unknown):
-        _record(staged, [part for part in staged.parts if part not in missing])
+        write_verified(staged, [part for part in staged.parts if part not in missing])
     return missing
 
 
@@ -103,7 +102,7 @@ def _copy_all(source: Prepared, staged: Prepared, missing: Sequence[Part], near:
             for copied in as_completed(copying):
                 copied.result()
                 whole.append(copying[copied])
-                _record(staged, whole)
+                write_verified(staged, whole)
         except BaseException:
             stop.set()
             pool.shutdown(wait=False, cancel_futures=True)
@@ -118,11 +117,6 @@ def _check_space(folder: Path, missing: Sequence[Part], near: Near) -> None:
             f"data.stage={near}: {folder} needs {needed_bytes / 1e9:.3g} GB more, {free_bytes / 1e9:.3g} GB are free "
             "(data.stage_folder chooses another place)"
         )
-
-
-def _record(staged: Prepared, whole: Sequence[Part]) -> None:
-    """Write down which files were read whole, so that nobody reads them again for that."""
-    write_json(staged.folder / VERIFIED, {part.file: stamp_of(staged, part) for part in whole})
 
 
 def _copy(source: Prepared, folder: Path, part: Part, stop: Event) -> None:

@@ -1,9 +1,7 @@
 """Checkpoints: the whole run in one file, written beside and renamed, loaded with ``weights_only=True`` alone."""
 
 import io
-import os
 import time
-import uuid
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -16,6 +14,7 @@ from bdkd_dist.data.sources.storage import Place
 from bdkd_dist.engine import distributed
 from bdkd_dist.engine.patience import patiently
 from bdkd_dist.errors import UserError, first_line
+from bdkd_dist.files import atomic_write
 
 F = TypeVar("F")
 FORMAT = 1
@@ -170,19 +169,12 @@ def _newest_whole(
 
 
 def _write(path: Path, content: memoryview) -> None:
-    partial = path.with_suffix(f".{uuid.uuid4().hex}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        for leftover in path.parent.glob("step-*.partial"):  # of killed processes, and of attempts given up for lost
+        for leftover in path.parent.glob("*.partial"):  # of killed processes, and of attempts given up for lost
             leftover.unlink(missing_ok=True)
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
+        atomic_write(path, content)
     except OSError as error:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
         raise UserError(f"{path} cannot be written ({first_line(error)}); the checkpoint before it is kept") from None
 
 

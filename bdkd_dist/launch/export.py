@@ -10,9 +10,9 @@ import pyarrow.parquet as pq
 from bdkd_dist import models
 from bdkd_dist.engine.deploy import exported
 from bdkd_dist.errors import UserError, first_line, unknown
+from bdkd_dist.files import atomic_write, json_text
 from bdkd_dist.launch import named_run
 from bdkd_dist.launch.run_folder import RunFolder
-from bdkd_dist.records.files import atomic_write, json_text
 from bdkd_dist.records.results import read_results
 
 

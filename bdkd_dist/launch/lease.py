@@ -13,7 +13,7 @@ from typing import Any
 from bdkd_dist.data.sources.storage import Place
 from bdkd_dist.engine.patience import patiently
 from bdkd_dist.errors import UserError
-from bdkd_dist.records.files import json_text
+from bdkd_dist.files import json_text
 
 LEASE, ATTEMPT = "run.lock", "attempt.json"
 REFRESH_S = 10.0

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 from bdkd_dist.engine.checkpoint import KEPT, Checkpoints
 from bdkd_dist.engine.patience import STORAGE_PATIENCE_S, patiently
 from bdkd_dist.errors import UserError
+from bdkd_dist.files import json_text
 from bdkd_dist.launch.lease import Attempt, Superseded
 from bdkd_dist.launch.run_folder import RunFolder
-from bdkd_dist.records.files import json_text
 from bdkd_dist.records.tensorboard import EVENT_FILE, event_files
 
 BEAT_S = 1.0

@@ -16,11 +16,11 @@ from bdkd_dist.data.prepared import verify
 from bdkd_dist.engine.loop import Trainer
 from bdkd_dist.engine.observer import Observers
 from bdkd_dist.errors import UserError
+from bdkd_dist.files import atomic_write
 from bdkd_dist.launch import local, named_run, preflight, worker
 from bdkd_dist.launch.prepare import preparing
 from bdkd_dist.launch.run_folder import RunFolder
 from bdkd_dist.records.environment import write_environment
-from bdkd_dist.records.files import atomic_write
 from bdkd_dist.records.printing import warner
 from bdkd_dist.records.progress import Progress
 

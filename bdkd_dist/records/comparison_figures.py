@@ -6,9 +6,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bdkd_dist.files import atomic_write
 from bdkd_dist.records.comparison import Comparison, Method
 from bdkd_dist.records.figures import FAINT, INK, PNG_DPI, reliability_figure
-from bdkd_dist.records.files import atomic_write
 from bdkd_dist.records.shift import COLOURS, MARKERS
 
 if TYPE_CHECKING:

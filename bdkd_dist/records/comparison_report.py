@@ -10,6 +10,7 @@ import numpy as np
 from rich import box
 from rich.table import Table
 
+from bdkd_dist.files import atomic_write
 from bdkd_dist.records.comparison import METRICS, Comparison, Method
 from bdkd_dist.records.comparison_bootstrap import DIFFERENCES, RESAMPLES, Difference
 from bdkd_dist.records.comparison_figures import (
@@ -19,7 +20,6 @@ from bdkd_dist.records.comparison_figures import (
     save_stacked_png,
 )
 from bdkd_dist.records.figures import save_png
-from bdkd_dist.records.files import atomic_write
 from bdkd_dist.records.page import Page
 
 PAGE, SCATTER, DIAGRAMS, RUNS, METHODS = (

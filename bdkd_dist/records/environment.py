@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import bdkd_dist
-from bdkd_dist.records.files import atomic_write, json_text
+from bdkd_dist.files import atomic_write, json_text
 
 PACKAGE = Path(bdkd_dist.__file__).parent
 PACKAGES = ("torchvision", "ray", "ffcv", "numpy", "numba", "pyarrow")

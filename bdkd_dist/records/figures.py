@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bdkd_dist.engine.observer import NetworkDiagnosis
-from bdkd_dist.records.files import atomic_write
+from bdkd_dist.files import atomic_write
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

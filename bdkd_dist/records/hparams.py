@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bdkd_dist.engine.observer import Observer
-from bdkd_dist.records.files import atomic_write
+from bdkd_dist.files import atomic_write
 from bdkd_dist.records.tensorboard import EVENT_FILE
 
 if TYPE_CHECKING:

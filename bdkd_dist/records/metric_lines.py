@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from bdkd_dist.engine.observer import EvalLog, StepLog
-from bdkd_dist.records.files import json_text, with_nan
+from bdkd_dist.files import json_text, with_nan
 from bdkd_dist.records.growing_file import GrowingFile
 
 

@@ -9,7 +9,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bdkd_dist.records.files import atomic_write
+from bdkd_dist.files import atomic_write
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

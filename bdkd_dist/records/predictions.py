@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import torch
 
 from bdkd_dist.engine.observer import SamplePredictions
-from bdkd_dist.records.files import atomic_write
+from bdkd_dist.files import atomic_write
 
 
 def write_predictions(

@@ -8,7 +8,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from bdkd_dist.records.files import atomic_write, json_text, with_nan
+from bdkd_dist.files import atomic_write, json_text, with_nan
 
 SPLITS = ("validation", "test")
 SCALINGS = {"T-scaled": "temperature_scaled", "V-scaled": "vector_scaled"}

@@ -5,10 +5,10 @@ from pathlib import Path
 
 from bdkd_dist.config import Recipe
 from bdkd_dist.engine.observer import NetworkDiagnosis
+from bdkd_dist.files import atomic_write
 from bdkd_dist.metrics.goals import Goal
 from bdkd_dist.records.comparison import Run, pooled
 from bdkd_dist.records.figures import save_png
-from bdkd_dist.records.files import atomic_write
 from bdkd_dist.records.results import read_results
 from bdkd_dist.records.search_figures import pareto_figure
 from bdkd_dist.records.search_page import Drawn, SearchSummary, search_page

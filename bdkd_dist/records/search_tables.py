@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from bdkd_dist import config
 from bdkd_dist.config import Recipe
+from bdkd_dist.files import atomic_write
 from bdkd_dist.metrics.goals import Goal
-from bdkd_dist.records.files import atomic_write
 from bdkd_dist.records.trials import Trial
 
 if TYPE_CHECKING:

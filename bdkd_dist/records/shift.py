@@ -14,8 +14,8 @@ import numpy as np
 from rich import box
 from rich.table import Table
 
+from bdkd_dist.files import atomic_write, json_text
 from bdkd_dist.records.figures import DASHES, FAINT, INK
-from bdkd_dist.records.files import atomic_write, json_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from bdkd_dist.engine.observer import EvalLog, StepLog
+from bdkd_dist.files import atomic_write, sync
 from bdkd_dist.records.entropy_figure import entropy_figure
 from bdkd_dist.records.figures import reliability_figure
-from bdkd_dist.records.files import atomic_write, sync
 from bdkd_dist.records.growing_file import GrowingFile
 
 if TYPE_CHECKING:

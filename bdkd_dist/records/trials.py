@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
-from bdkd_dist.records.files import json_text, with_nan
+from bdkd_dist.files import json_text, with_nan
 
 Status = Literal["running", "finished", "stopped", "failed"]
 

@@ -31,6 +31,7 @@ from bdkd_dist.engine.observer import EvalLog, Observer
 from bdkd_dist.engine.patience import patiently
 from bdkd_dist.engine.stepper import release
 from bdkd_dist.errors import UserError, first_line
+from bdkd_dist.files import atomic_write, json_text
 from bdkd_dist.launch.lease import Superseded
 from bdkd_dist.launch.mirror import METRICS
 from bdkd_dist.launch.ray_worker import is_loss
@@ -40,7 +41,6 @@ from bdkd_dist.launch.tune.ranks import Ranks
 from bdkd_dist.launch.worker import enough_memory, training
 from bdkd_dist.metrics.goals import Goal
 from bdkd_dist.records.environment import write_environment
-from bdkd_dist.records.files import atomic_write, json_text
 from bdkd_dist.records.hparams import HParams
 from bdkd_dist.records.metric_lines import MetricLines, flat, validations
 from bdkd_dist.records.tensorboard import TensorBoardObserver

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 
-def atomic_write(path: Path, content: bytes) -> None:
+def atomic_write(path: Path, content: bytes | memoryview) -> None:
     """Replace ``path`` by ``content``: whoever reads it sees the old file or the new one, never a part.
 
     The file is written beside under a name that shares nothing with the final one, so nothing that looks for files

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from bdkd_dist.records.files import atomic_write, json_text
+from bdkd_dist.files import atomic_write, json_text
 
 
 def test_a_file_is_replaced_and_nothing_is_left_beside(tmp_path: Path) -> None:
