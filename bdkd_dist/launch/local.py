@@ -1,7 +1,5 @@
-"""A run in this process: Ray Train's in-process mode where Ray is installed, plain torch where it is not."""
+"""A run in this process, which needs no Ray."""
 
-import importlib.util
-import logging
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,18 +20,7 @@ def train(recipe: Recipe, folder: RunFolder, progress: Observer, warn: Callable[
     """Train in this process; Ctrl-C or SIGTERM finishes the step and checkpoints. :func:`work` says what it raises."""
     device = torch.device("cuda" if wants_cuda(recipe) else "cpu")
     with stop_on_signal(warn) as pressed:
-
-        def worker() -> None:
-            work(recipe, folder, device, progress, _Pressed(pressed), warn)
-
-        if importlib.util.find_spec("ray") is None:
-            worker()
-            return
-        logging.getLogger("ray.train").setLevel(logging.WARNING)  # says at length that this is the local mode
-        from ray.train import ScalingConfig
-        from ray.train.torch import TorchTrainer
-
-        TorchTrainer(worker, scaling_config=ScalingConfig(num_workers=0)).fit()
+        work(recipe, folder, device, progress, _Pressed(pressed), warn)
 
 
 def wants_cuda(recipe: Recipe, gpus: float | None = None) -> bool:
