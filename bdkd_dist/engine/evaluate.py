@@ -1,13 +1,12 @@
 """Evaluation: every sample of a split once over all ranks, all networks on the same images."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bdkd_dist.data.loader import Loader
+from bdkd_dist.data.loader import Batch
 from bdkd_dist.engine import distributed
 from bdkd_dist.engine.observer import SamplePredictions
 from bdkd_dist.engine.pair import Pair
@@ -36,7 +35,7 @@ class Evaluator:
 
     Args:
         pair: Knows how images are normalised and under which precision networks run.
-        networks: By name; may hold more than the pair's own two (a moving average).
+        networks: By name; may hold more than the pair's own (moving averages).
         beat: Told of every batch.
         replayed: Run the networks as CUDA graphs.
     """
@@ -57,9 +56,7 @@ class Evaluator:
         self.beat = beat
         self.forward = Replayed(self._logits, device, "train.compile=true") if replayed else self._logits
 
-    def diagnose(
-        self, loader: Loader, batches: Sequence[np.ndarray]
-    ) -> tuple[dict[str, CalibrationState], dict[str, Tensor]]:
+    def diagnose(self, batches: Iterable[Batch]) -> tuple[dict[str, CalibrationState], dict[str, Tensor]]:
         """Return each network's accuracy and calibration, and its samples' entropies, over all ranks' batches.
 
         The entropies are (N,) in nats on the CPU, at the objective's ``entropy_temperature`` where it has one.
@@ -67,8 +64,8 @@ class Evaluator:
         temperature = getattr(self.pair.objective, "entropy_temperature", 1.0)
         states = {name: CalibrationState(self.num_classes, device=self.device) for name in self.networks}
         entropies = {name: [torch.empty(0, device=self.device)] for name in self.networks}
-        for _, labels, logits in self._forward(loader, batches):
-            on_device = labels.to(self.device, non_blocking=True)
+        for batch, logits in self._forward(batches):
+            on_device = batch.labels.to(self.device, non_blocking=True)
             for name, values in logits.items():
                 states[name].update(values, on_device)
                 entropies[name].append(entropy(log_probabilities(values, temperature)))
@@ -77,33 +74,31 @@ class Evaluator:
         joined = {name: ranks.concatenate(torch.cat(parts)[None])[0].cpu() for name, parts in entropies.items()}
         return states, joined
 
-    def outputs(self, loader: Loader, batches: Sequence[np.ndarray]) -> Outputs:
-        """Return this rank's logits, labels and indices."""
+    def outputs(self, batches: Iterable[Batch]) -> Outputs:
+        """Return logits, labels and indices of this rank's batches."""
         indices, labels = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, dtype=torch.int64)]
         logits = {name: [torch.empty(0, self.num_classes)] for name in self.networks}
-        for batch_indices, batch_labels, batch_logits in self._forward(loader, batches):
-            indices.append(batch_indices)
-            labels.append(batch_labels.cpu())
+        for batch, batch_logits in self._forward(batches):
+            # Copies: what a loading process hands over keeps a file open for as long as it is held.
+            indices.append(batch.indices.clone())
+            labels.append(batch.labels.cpu().clone())
             for name, values in batch_logits.items():
                 logits[name].append(values.cpu())
         joined = {name: torch.cat(parts) for name, parts in logits.items()}
         return Outputs(torch.cat(indices), torch.cat(labels), joined)
 
     @torch.inference_mode()
-    def _forward(
-        self, loader: Loader, batches: Sequence[np.ndarray]
-    ) -> Iterator[tuple[Tensor, Tensor, dict[str, Tensor]]]:
-        """Yield (indices, labels, logits by network); the networks are in eval mode for the while."""
+    def _forward(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, dict[str, Tensor]]]:
+        """Yield batches with the logits by network; the networks are in eval mode for the while."""
         # Under local batch norm ranks hold different running statistics: rank 0's are the ones that are kept.
         distributed.broadcast_(b for network in self.networks.values() for b in network.buffers())
         modes = {name: network.training for name, network in self.networks.items()}
         for network in self.networks.values():
             network.eval()
         try:
-            for batch in loader.batches(0, batches):
+            for batch in batches:
                 logits = self.forward(batch.images.to(self.device, non_blocking=True))
-                # A batch is only lent until the next one is asked for.
-                yield batch.indices.clone(), batch.labels.clone(), dict(zip(self.networks, logits, strict=True))
+                yield batch, dict(zip(self.networks, logits, strict=True))
                 self.beat()
         finally:
             for name, network in self.networks.items():
@@ -170,15 +165,14 @@ def predictions(outputs: Outputs) -> tuple[Tensor, Tensor, dict[str, SamplePredi
 
 
 def _predictions(logits: Tensor, labels: Tensor) -> SamplePredictions:
-    log_probabilities = logits.double().log_softmax(1)
-    top = log_probabilities.topk(min(5, logits.shape[1]), dim=1)
-    nll = -log_probabilities.gather(1, labels[:, None]).squeeze(1)
+    logs = logits.double().log_softmax(1)
+    top = logs.topk(min(5, logits.shape[1]), dim=1)
+    nll = -logs.gather(1, labels[:, None]).squeeze(1)
     return SamplePredictions(top.indices, top.values.exp(), nll)
 
 
 def _state(logits: Tensor, labels: Tensor, num_classes: int) -> CalibrationState:
     state = CalibrationState(num_classes)
-    for chunk, targets in zip(logits.split(1024), labels.split(1024), strict=True):
-        state.update(chunk, targets)
+    state.update(logits, labels)
     state.all_reduce()
     return state

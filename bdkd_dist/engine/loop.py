@@ -260,7 +260,7 @@ class Trainer:
     def _evaluate(self) -> None:
         subset = self.dataset.validation
         batches = rank_shard(subset.indices, self.recipe.train.batch_size, self.rank, self.world)
-        states, entropies = self.evaluator.diagnose(self.loaders["validation"], batches)
+        states, entropies = self.evaluator.diagnose(self.loaders["validation"].batches(0, batches))
         if self.rank == 0:
             networks = {name: NetworkDiagnosis(state.compute(), state.reliability()) for name, state in states.items()}
             self.observer.evaluated(EvalLog(self.step, self.epoch, "validation", networks, entropies))

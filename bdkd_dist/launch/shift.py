@@ -1,6 +1,6 @@
 """How a run's networks fare on images unlike those of training: corrupted ones, and those of another data set."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import closing
 from typing import Any
 
@@ -13,8 +13,8 @@ from torch import Tensor
 from bdkd_dist.data.augment import Transform
 from bdkd_dist.data.beton import Beton
 from bdkd_dist.data.corruptions import CORRUPTIONS, SEVERITIES, corrupt
-from bdkd_dist.data.loader import Batch, Loader, open_loader
-from bdkd_dist.data.order import Indices, rank_shard
+from bdkd_dist.data.loader import Batch, open_loader
+from bdkd_dist.data.order import rank_shard
 from bdkd_dist.data.prepare import Prepared
 from bdkd_dist.engine.evaluate import Evaluator, Outputs
 from bdkd_dist.engine.loop import Trainer
@@ -47,9 +47,8 @@ def record_shift(trainer: Trainer, folder: RunFolder, console: Console) -> None:
     temperatures = {network: results[network]["temperature"] for network in trainer.networks}
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("corrupting test images", total=len(batches) * len(VARIANTS))
-        networks = measure_shift(
-            trainer.evaluator, trainer.loaders["test"], batches, temperatures, lambda: bar.advance(task)
-        )
+        images = trainer.loaders["test"].batches(0, batches)
+        networks = measure_shift(trainer.evaluator, images, temperatures, lambda: bar.advance(task))
     image_px = trainer.recipe.data.image_px
     amounts = {name: corruption.amounts(image_px) for name, corruption in CORRUPTIONS.items()}
     measured = {"step": trainer.step, "seed": SEED, "amounts": amounts, "networks": networks}
@@ -71,9 +70,10 @@ def record_ood(trainer: Trainer, source: str, other: Prepared, folder: RunFolder
     images = Beton(*other.paths(split))
     kind = "auto" if data.loader == "resident" else data.loader  # they may differ in size
     evaluator, threads = trainer.evaluator, loader_threads(trainer.recipe)
-    inside = evaluator.outputs(trainer.loaders["test"], rank_shard(trainer.dataset.test.indices, batch_size, 0, 1))
+    here = rank_shard(trainer.dataset.test.indices, batch_size, 0, 1)
+    inside = evaluator.outputs(trainer.loaders["test"].batches(0, here))
     with closing(open_loader(kind, images, Transform.evaluation(data), threads)) as loader:
-        outside = evaluator.outputs(loader, rank_shard(np.arange(len(images)), batch_size, 0, 1))
+        outside = evaluator.outputs(loader.batches(0, rank_shard(np.arange(len(images)), batch_size, 0, 1)))
     compared = {
         "step": trainer.step,
         "source": shown(source),
@@ -87,8 +87,7 @@ def record_ood(trainer: Trainer, source: str, other: Prepared, folder: RunFolder
 
 def measure_shift(
     evaluator: Evaluator,
-    loader: Loader,
-    batches: Sequence[Indices],
+    batches: Iterable[Batch],
     temperatures: dict[str, float],
     advance: Callable[[], object] = lambda: None,
 ) -> dict[str, Any]:
@@ -98,10 +97,9 @@ def measure_shift(
 
     Args:
         evaluator: Holds the networks.
-        loader: Of the images.
-        batches: Which of them.
+        batches: Of the images.
         temperatures: By network, fitted on clean validation images.
-        advance: Called after each of ``len(batches) * len(VARIANTS)`` pieces of work.
+        advance: Called after each of the :data:`VARIANTS` of each batch.
 
     Returns:
         ``{network: {"temperature": T, "clean": figures, "corruptions": {corruption: [figures of severity 1, …]}}}``
@@ -112,13 +110,12 @@ def measure_shift(
         for network, temperature in temperatures.items()
         for variant in VARIANTS
     }
-    for batch in loader.batches(0, batches):
+    for batch in batches:
         for variant in VARIANTS:
             images = batch.images.cpu()
             if variant != CLEAN:
                 images = corrupt(images, batch.indices, *variant, seed=SEED)
-            given = _Given(Batch(images, batch.labels, batch.indices))
-            outputs = evaluator.outputs(given, [batch.indices.numpy()])
+            outputs = evaluator.outputs([batch._replace(images=images)])
             for network in temperatures:
                 measured[network, variant].update(outputs.logits[network], outputs.labels)
             advance()
@@ -176,19 +173,6 @@ class _Calibration:
 
     def compute(self) -> dict[str, dict[str, float]]:
         return {"raw": self._raw.compute(), "temperature_scaled": self._scaled.compute()}
-
-
-class _Given(Loader):
-    """Hands out one batch that is there already."""
-
-    def __init__(self, batch: Batch):
-        self._batch = batch
-
-    def batches(self, epoch: int, index_batches: Sequence[Indices]) -> Iterator[Batch]:
-        yield self._batch
-
-    def close(self) -> None:
-        pass
 
 
 def _confidence(logits: Tensor) -> Tensor:

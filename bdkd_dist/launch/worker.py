@@ -148,7 +148,7 @@ def finish(trainer: Trainer, folder: RunFolder) -> None:
     for split in ("validation", "test"):
         indices = getattr(dataset, split).indices
         batches = rank_shard(indices, recipe.train.batch_size, trainer.rank, trainer.world)
-        outputs[split] = trainer.evaluator.outputs(trainer.loaders[split], batches)
+        outputs[split] = trainer.evaluator.outputs(trainer.loaders[split].batches(0, batches))
     with beating(trainer.control.beat):
         _record(trainer, folder, outputs["validation"], outputs["test"])
 

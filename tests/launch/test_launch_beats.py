@@ -97,8 +97,8 @@ def test_a_run_beats_while_it_calibrates_and_no_longer(monkeypatch: pytest.Monke
     trainer = SimpleNamespace(
         recipe=recipe,
         dataset=SimpleNamespace(validation=SimpleNamespace(indices=[]), test=SimpleNamespace(indices=[])),
-        evaluator=SimpleNamespace(outputs=lambda loader, batches: None),
-        loaders={"validation": None, "test": None},
+        evaluator=SimpleNamespace(outputs=lambda batches: None),
+        loaders=dict.fromkeys(("validation", "test"), SimpleNamespace(batches=lambda epoch, indices: [])),
         control=SimpleNamespace(beat=beat),
         rank=0,
         world=1,

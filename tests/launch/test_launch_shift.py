@@ -1,7 +1,7 @@
 """Corrupted test images and images of other data: figures against NumPy and scikit-learn, and the command line."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +17,7 @@ from sklearn.metrics import roc_auc_score, roc_curve
 from bdkd_dist.data.beton import Beton
 from bdkd_dist.data.corruptions import CORRUPTIONS, corrupt
 from bdkd_dist.data.foreign import prepare_foreign
-from bdkd_dist.data.loader import Batch, Loader
+from bdkd_dist.data.loader import Batch
 from bdkd_dist.engine.evaluate import Outputs
 from bdkd_dist.errors import UserError
 from bdkd_dist.launch.shift import VARIANTS, compare_confidence, measure_shift
@@ -145,21 +145,6 @@ def test_a_source_without_images_is_named_in_one_line(make: Any, words: list[str
 # --- under corruptions
 
 
-class _Memory(Loader):
-    """Images that are there already; counts how often each batch is asked for."""
-
-    def __init__(self, images: torch.Tensor, labels: torch.Tensor):
-        self.images, self.labels, self.asked = images, labels, 0
-
-    def batches(self, epoch: int, index_batches: Sequence[np.ndarray]) -> Iterator[Batch]:
-        for indices in map(torch.from_numpy, index_batches):
-            self.asked += 1
-            yield Batch(self.images[indices], self.labels[indices], indices)
-
-    def close(self) -> None:
-        pass
-
-
 def ece(logits: np.ndarray, labels: np.ndarray) -> float:
     """Guo's, 15 bins (lo, hi], written out."""
     odds = np.exp(logits - logits.max(1, keepdims=True))
@@ -184,18 +169,17 @@ def test_every_variant_is_measured_on_all_its_images_decoded_once() -> None:
     class Evaluator(SimpleNamespace):
         num_classes = 4
 
-        def outputs(self, loader: Loader, batches: Sequence[np.ndarray]) -> Outputs:
-            (batch,) = loader.batches(0, batches)
-            np.testing.assert_array_equal(batch.indices.numpy(), np.concatenate(list(batches)))
+        def outputs(self, batches: Iterable[Batch]) -> Outputs:
+            (batch,) = batches
             tensors = {name: torch.from_numpy(values) for name, values in classify(batch.images).items()}
             return Outputs(batch.indices, batch.labels, tensors)
 
-    loader, steps = _Memory(images, labels), []
+    steps: list[int] = []
     temperatures = {"teacher": 1.0, "student_1": 0.4, "student_2": 2.5}
-    batches = [np.arange(0, 24)[::-1].copy(), np.arange(24, 48), np.arange(48, 50)]
-    measured = measure_shift(Evaluator(), loader, batches, temperatures, lambda: steps.append(1))  # type: ignore[arg-type]
-    assert loader.asked == len(batches)
-    assert len(steps) == len(batches) * len(VARIANTS) == 3 * 31
+    parts = [torch.arange(23, -1, -1), torch.arange(24, 48), torch.arange(48, 50)]
+    batches = (Batch(images[part], labels[part], part) for part in parts)  # can be asked for once
+    measured = measure_shift(Evaluator(), batches, temperatures, lambda: steps.append(1))  # type: ignore[arg-type]
+    assert len(steps) == len(parts) * len(VARIANTS) == 3 * 31
     assert list(measured) == list(temperatures)
     for name, T in temperatures.items():
         assert measured[name]["temperature"] == T
