@@ -3,14 +3,17 @@
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
 from bdkd_dist import __version__
-from bdkd_dist.errors import UserError
+from bdkd_dist.errors import Fault, Interruption, UserError
 from bdkd_dist.records.printing import print_line, print_table
+
+if TYPE_CHECKING:
+    from bdkd_dist.launch.run_folder import RunFolder
 
 app = typer.Typer(
     help="Online distillation of small image classifiers whose confidence can be trusted (BD-KD).",
@@ -312,7 +315,7 @@ def _say(line: str) -> None:
     print_line(Console(stderr=True), line)
 
 
-def _report(folder: "RunFolder") -> None:  # type: ignore[name-defined]  # noqa: F821
+def _report(folder: "RunFolder") -> None:
     from bdkd_dist.launch.programs import beside
     from bdkd_dist.records.results import read_results, results_table
 
@@ -322,7 +325,7 @@ def _report(folder: "RunFolder") -> None:  # type: ignore[name-defined]  # noqa:
     print_line(console, f"curves               {beside('tensorboard')} --logdir {folder.above}")
 
 
-def _report_shift(folder: "RunFolder") -> None:  # type: ignore[name-defined]  # noqa: F821
+def _report_shift(folder: "RunFolder") -> None:
     from bdkd_dist.records import shift as records
 
     path = records.shift_path(folder.path)
@@ -333,7 +336,7 @@ def _report_shift(folder: "RunFolder") -> None:  # type: ignore[name-defined]  #
     print_line(console, f"all figures          {folder.name(path)}")
 
 
-def _report_ood(folder: "RunFolder", source: str) -> None:  # type: ignore[name-defined]  # noqa: F821
+def _report_ood(folder: "RunFolder", source: str) -> None:
     from bdkd_dist.records import shift as records
     from bdkd_dist.uris import shown
 
@@ -343,21 +346,17 @@ def _report_ood(folder: "RunFolder", source: str) -> None:  # type: ignore[name-
 
 
 def main() -> None:
-    """Run the command line; a user's mistake is one line and exit status 2, a stop by Ctrl-C is 130."""
+    """Run the command line; a user's mistake is one line and exit status 2, a fault 1, a stop by Ctrl-C 130."""
     try:
         app()
     except UserError as error:
         _fail(str(error), 2)
     except KeyboardInterrupt:
         _fail("interrupted", 130)
-    except Exception as error:
-        # By name: the modules that define these take seconds to import, and a mistake is to be told at once.
-        match type(error).__name__:
-            case "Interrupted" | "SearchInterrupted":
-                _fail(f"{error}; go on with: bdkd {shlex.join(sys.argv[1:])}", 130)
-            case "Diverged" | "DataError" | "Superseded" | "WorkersLost":
-                _fail(str(error), 1)
-        raise
+    except Fault as error:
+        _fail(str(error), 1)
+    except Interruption as error:
+        _fail(f"{error}; go on with: bdkd {shlex.join(sys.argv[1:])}", 130)
 
 
 def _fail(line: str, code: int) -> None:

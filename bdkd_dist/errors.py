@@ -1,11 +1,19 @@
-"""What a user did wrong, said in one line."""
+"""How a command ends other than well, said in one line; whatever else is raised is a bug of ours, and a trace."""
 
 import difflib
 from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """A mistake the user can mend: printed as one line, exit status 2, never as a trace."""
+    """A mistake the user can mend: exit status 2."""
+
+
+class Fault(RuntimeError):
+    """Something broke that is neither the user's mistake nor a bug: exit status 1."""
+
+
+class Interruption(Exception):
+    """A run or a search was asked to stop, and the same command goes on: exit status 130."""
 
 
 def nearest(word: str, allowed: Iterable[str]) -> str:

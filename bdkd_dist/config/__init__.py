@@ -5,6 +5,7 @@ shipped recipe of that name (or a YAML file), applies the overrides, each parsed
 Every mistake raises :class:`~bdkd_dist.errors.UserError` with one line.
 """
 
+from bdkd_dist.config.places import PLACES, absolute, places, with_absolute_paths
 from bdkd_dist.config.reading import from_dict, load, override, recipe_names, replace
 from bdkd_dist.config.sections import (
     NOT_IDENTITY,
@@ -23,6 +24,7 @@ from bdkd_dist.config.sections import (
 
 __all__ = [
     "NOT_IDENTITY",
+    "PLACES",
     "Augmentation",
     "Data",
     "Launch",
@@ -32,11 +34,14 @@ __all__ = [
     "Run",
     "Schedule",
     "Train",
+    "absolute",
     "differences",
     "flatten",
     "from_dict",
     "load",
     "override",
+    "places",
     "recipe_names",
     "replace",
+    "with_absolute_paths",
 ]

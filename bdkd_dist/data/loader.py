@@ -13,7 +13,7 @@ from torch import Tensor
 from bdkd_dist.data.augment import Transform
 from bdkd_dist.data.beton import Beton
 from bdkd_dist.data.order import Indices
-from bdkd_dist.errors import UserError
+from bdkd_dist.errors import Fault, UserError
 
 logger = logging.getLogger(__name__)
 
@@ -21,7 +21,7 @@ Kind = Literal["auto", "ffcv", "torch", "resident"]
 CPU = torch.device("cpu")
 
 
-class DataError(RuntimeError):
+class DataError(Fault):
     """Data that cannot be read, or a loading thread or process that failed: names the beton and the sample."""
 
 

@@ -1,7 +1,9 @@
 """How a training ends before its last epoch, with its state kept."""
 
+from bdkd_dist.errors import Fault, Interruption
 
-class Interrupted(Exception):
+
+class Interrupted(Interruption):
     """The run was asked to stop; its state is in ``checkpoint``."""
 
     def __init__(self, step: int, checkpoint: str):
@@ -10,7 +12,7 @@ class Interrupted(Exception):
         self.checkpoint = checkpoint
 
 
-class Diverged(RuntimeError):
+class Diverged(Fault):
     """A loss is no longer finite: ``what`` happened, and what may help."""
 
     def __init__(self, what: str, advice: str = ""):

@@ -12,7 +12,7 @@ from typing import Any
 
 from bdkd_dist.data.sources.storage import Place
 from bdkd_dist.engine.patience import patiently
-from bdkd_dist.errors import UserError
+from bdkd_dist.errors import Fault, UserError
 from bdkd_dist.files import json_text
 
 LEASE, ATTEMPT = "run.lock", "attempt.json"
@@ -23,7 +23,7 @@ SETTLE_S = 1.0
 """Of two processes that take a lease at once, the later writer has it; so long the other may need to see that."""
 
 
-class Superseded(RuntimeError):
+class Superseded(Fault):
     """Another attempt at this run began: this one writes nothing more."""
 
 

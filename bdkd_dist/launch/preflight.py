@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from bdkd_dist import models
-from bdkd_dist.config import Recipe
+from bdkd_dist.config import Recipe, places
 from bdkd_dist.data import jpeg
 from bdkd_dist.data.node_folder import node_folder
 from bdkd_dist.engine.checkpoint import KEPT, load_teacher
@@ -32,12 +32,8 @@ def check(recipe: Recipe, folder: RunFolder, on_cluster: bool = False) -> None:
             "data.loader=ffcv: the native decoder is not built here, and FFCV is not installed "
             "(`bdkd doctor` says how); data.loader=torch gives the same batches"
         )
-    for key, place in {
-        "data.root": recipe.data.root,
-        "run.storage": recipe.run.storage,
-        "models.teacher_checkpoint": recipe.models.teacher_checkpoint,
-    }.items():
-        if place is not None and has_secret(place):
+    for key, place in places(recipe).items():
+        if has_secret(place):
             raise UserError(
                 f"{key}={shown(place)} holds a secret key, which the run's recipe.yaml would keep; "
                 "give it by the environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY)"

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.progress import BarColumn, Task, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
+from rich.text import Text
 
 from bdkd_dist import config
 from bdkd_dist.config import Data
@@ -134,9 +135,7 @@ class _Speed(TextColumn):
         super().__init__("")
         self.mean_mb = mean_mb
 
-    def render(self, task: Task) -> "Text":  # type: ignore[name-defined]  # noqa: F821
-        from rich.text import Text
-
+    def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed
         return Text(_speed(speed, self.mean_mb.get(task.fields["split"])) if speed else "")
 

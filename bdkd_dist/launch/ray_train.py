@@ -11,7 +11,6 @@ import pickle
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -19,7 +18,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback, Wor
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.execution.callback import ControllerCallback
 
-from bdkd_dist.config import Recipe
+from bdkd_dist.config import Recipe, with_absolute_paths
 from bdkd_dist.data.node_folder import node_folder
 from bdkd_dist.engine.observer import Observer
 from bdkd_dist.errors import first_line
@@ -28,7 +27,6 @@ from bdkd_dist.launch.local import stop_on_signal, wants_cuda
 from bdkd_dist.launch.ray_worker import ENDS, ENDS_OF_ONE_RANK, is_loss, ray_worker
 from bdkd_dist.launch.relay import Relay
 from bdkd_dist.launch.vigil import Vigil, WorkersLost
-from bdkd_dist.uris import is_uri
 
 POLL_S = 0.5
 RESIZE_EVERY_S = 30.0
@@ -192,21 +190,3 @@ def _lost(worker_exceptions: dict[int, Exception]) -> str:
     if ranks:
         return f"lost the worker of rank {', '.join(map(str, ranks))}"
     return f"lost the connection between workers ({first_line(next(iter(worker_exceptions.values())))})"
-
-
-def with_absolute_paths(recipe: Recipe) -> Recipe:
-    """Return the recipe for workers, whose working directory is another."""
-    places = {
-        "run": ("storage",),
-        "data": ("prepared", "root", "stage_folder"),
-        "models": ("teacher_checkpoint",),
-    }
-    sections = {}
-    for section, keys in places.items():
-        found = getattr(recipe, section)
-        sections[section] = found.model_copy(update={key: _absolute(getattr(found, key)) for key in keys})
-    return recipe.model_copy(update=sections)
-
-
-def _absolute(place: str | None) -> str | None:
-    return place if place is None or is_uri(place) else str(Path(place).expanduser().absolute())

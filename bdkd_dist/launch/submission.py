@@ -77,11 +77,8 @@ def _check_place(name: str, place: str | Path | None) -> None:
 def _check_recipe(parameters: dict[str, Any], folder: Path) -> Recipe:
     _check_recipe_file(parameters["recipe"], folder)
     recipe = config.load(parameters["recipe"], parameters["overrides"] or ())
-    _check_place("run.storage", recipe.run.storage)
-    _check_place("data.root", recipe.data.root)
-    _check_place("data.prepared", recipe.data.prepared)
-    _check_place("data.stage_folder", recipe.data.stage_folder)
-    _check_place("models.teacher_checkpoint", recipe.models.teacher_checkpoint)
+    for key, place in config.places(recipe).items():
+        _check_place(key, place)
     return recipe
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import ray
 
 from bdkd_dist.config import Launch
+from bdkd_dist.errors import Fault
 from bdkd_dist.launch import cluster
 from bdkd_dist.launch.relay import Workers
 from bdkd_dist.records.progress import duration
@@ -21,7 +22,7 @@ STACKS_WITHIN_S = 10.0
 KILL_WITHIN_S = 30.0
 
 
-class WorkersLost(RuntimeError):
+class WorkersLost(Fault):
     """Workers died more often than they may be started again, or the cluster had no room for them for too long."""
 
 

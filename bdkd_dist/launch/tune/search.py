@@ -15,12 +15,11 @@ from ray.exceptions import RayTaskError
 from rich.console import Console
 
 from bdkd_dist import config
-from bdkd_dist.config import Recipe
+from bdkd_dist.config import Recipe, with_absolute_paths
 from bdkd_dist.data.node_folder import node_folder
-from bdkd_dist.errors import UserError, unknown
+from bdkd_dist.errors import Interruption, UserError, unknown
 from bdkd_dist.launch import preflight
 from bdkd_dist.launch.local import stop_on_signal
-from bdkd_dist.launch.ray_train import with_absolute_paths
 from bdkd_dist.launch.run import check_fits, prepared
 from bdkd_dist.launch.run_folder import RunFolder
 from bdkd_dist.launch.tune.algorithms import (
@@ -255,7 +254,7 @@ def _run_trials(
             raise SearchInterrupted(f"stopped with {done} of {plan.num_trials} trials done")
 
 
-class SearchInterrupted(Exception):
+class SearchInterrupted(Interruption):
     """Ctrl-C came; finished trials and the checkpoints of the others are kept."""
 
 

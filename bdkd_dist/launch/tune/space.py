@@ -15,7 +15,6 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
-from pydantic import BaseModel
 
 from bdkd_dist import config
 from bdkd_dist.config import Recipe
@@ -154,7 +153,7 @@ def load_space(path: str, recipe: Recipe) -> Space:
         _check(space, recipe)
     except UserError as error:
         raise UserError(f"{file.name}: {error}") from None
-    return _with_absolute_paths(space, recipe)
+    return _with_absolute_paths(space)
 
 
 def _source(file: Path) -> str:
@@ -275,12 +274,12 @@ def _check(space: Space, recipe: Recipe) -> None:
         config.replace(recipe, values)
 
 
-def _with_absolute_paths(space: Space, recipe: Recipe) -> Space:
+def _with_absolute_paths(space: Space) -> Space:
     """Return the space for trials, whose working directory is another."""
     relative, absolutes = [], []
 
     def absolute(key: str, value: Any) -> Any:
-        place = _absolute(key, value, recipe)
+        place = config.absolute(value) if key in config.PLACES and isinstance(value, str) else value
         if place != value:
             relative.append((key, value))
             absolutes.append(place)
@@ -288,17 +287,6 @@ def _with_absolute_paths(space: Space, recipe: Recipe) -> Space:
 
     domains = {key: _each(domain, partial(absolute, key)) for key, domain in space.space.items()}
     return replace(space, space=domains, relative_paths=tuple(relative), absolute_paths=tuple(absolutes))
-
-
-def _absolute(key: str, value: Any, recipe: Recipe) -> Any:
-    """Return a value as :func:`with_absolute_paths` makes it of a recipe that has it."""
-    section, _, name = key.partition(".")
-    if not isinstance(value, str) or not isinstance(before := getattr(recipe, section), BaseModel):
-        return value
-    from bdkd_dist.launch.ray_train import with_absolute_paths  # takes a while
-
-    changed = recipe.model_copy(update={section: before.model_copy(update={name: value})})
-    return getattr(getattr(with_absolute_paths(changed), section), name)
 
 
 def _each(domain: Any, change: Callable[[Any], Any]) -> Any:

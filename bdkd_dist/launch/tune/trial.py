@@ -22,7 +22,6 @@ from ray.tune import Trainable
 
 from bdkd_dist import config
 from bdkd_dist.config import Recipe
-from bdkd_dist.data.loader import DataError
 from bdkd_dist.engine.checkpoint import Checkpoints, loads
 from bdkd_dist.engine.control import Control
 from bdkd_dist.engine.endings import Diverged
@@ -30,9 +29,8 @@ from bdkd_dist.engine.loop import Trainer
 from bdkd_dist.engine.observer import EvalLog, Observer
 from bdkd_dist.engine.patience import patiently
 from bdkd_dist.engine.stepper import release
-from bdkd_dist.errors import UserError, first_line
+from bdkd_dist.errors import Fault, UserError, first_line
 from bdkd_dist.files import atomic_write, json_text
-from bdkd_dist.launch.lease import Superseded
 from bdkd_dist.launch.mirror import METRICS
 from bdkd_dist.launch.ray_worker import is_loss
 from bdkd_dist.launch.run_folder import RunFolder
@@ -212,7 +210,7 @@ class TrialProcess(Trainable):
         return unheard or [report for report in past[-1:] if report["epoch"] == recipe.train.epochs]
 
     def _failed(self, error: BaseException) -> dict[str, Any]:
-        own = isinstance(error, Diverged | UserError | DataError | Superseded)
+        own = isinstance(error, UserError | Fault)
         reason = error.what if isinstance(error, Diverged) else first_line(error)
         reason = reason if own else f"{type(error).__name__}: {reason}"
         if not own:
