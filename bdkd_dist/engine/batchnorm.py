@@ -11,6 +11,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from bdkd_dist.distributed import world_size
+
 
 class _SumOverRanks(torch.autograd.Function):
     """All-reduce whose gradient is all-reduced too: each rank's loss depends on every rank's input."""
@@ -33,7 +35,7 @@ class CrossRankBatchNorm(_BatchNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise (B, C, …) per channel."""
-        if not self.training or not dist.is_initialized() or dist.get_world_size() == 1:
+        if not self.training or world_size() == 1:
             return super().forward(x)
         wide = x.float()
         # Both moments and the count travel in one message. Each rank's variance is taken about its own mean and joined

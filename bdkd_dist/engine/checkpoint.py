@@ -2,7 +2,7 @@
 
 import io
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from bdkd_dist import distributed
 from bdkd_dist.data.sources.storage import Place
-from bdkd_dist.engine import distributed
 from bdkd_dist.engine.patience import patiently
 from bdkd_dist.errors import UserError, first_line
 from bdkd_dist.files import atomic_write
@@ -22,8 +22,18 @@ KEPT = 2
 """A fault while the newest is written or read leaves the one before."""
 
 
+def checkpoint_name(step: int) -> str:
+    """Return the name of a checkpoint's file, ``step-00001234.pt``; by name is by age."""
+    return f"step-{step:08d}.pt"
+
+
+def checkpoints_among(names: Iterable[str]) -> list[str]:
+    """Return the names that are a checkpoint's, oldest first."""
+    return sorted(name for name in names if name.startswith("step-") and name.endswith(".pt"))
+
+
 class Checkpoints:
-    """The folder of a run's checkpoints, ``step-00001234.pt`` each.
+    """The folder of a run's checkpoints.
 
     Args:
         folder: Where they lie; made when the first is saved.
@@ -38,7 +48,9 @@ class Checkpoints:
 
     def paths(self) -> list[Path]:
         """Return the checkpoints, oldest first."""
-        return sorted(self.folder.glob("step-*.pt"))
+        if not self.folder.is_dir():
+            return []
+        return [self.folder / name for name in checkpoints_among(path.name for path in self.folder.iterdir())]
 
     def pause(self, seconds: float) -> None:
         """Wait before something that the disk refused is tried again."""
@@ -63,7 +75,7 @@ class Checkpoints:
         """
         content = io.BytesIO()
         torch.save({"format": FORMAT, "step": step, **state}, content)
-        path = self.folder / f"step-{step:08d}.pt"
+        path = self.folder / checkpoint_name(step)
 
         def write() -> None:
             self.check()
@@ -150,8 +162,9 @@ def _teacher_state(place: Place) -> dict[str, Any] | None:
         return loads(content)
     if not (checkpoints := place / "checkpoints").is_folder():
         return None
-    files = [file for file in checkpoints.listing()[0] if file.path.startswith("step-") and file.path.endswith(".pt")]
-    found = _newest_whole(files, checkpoints.read, lambda file: checkpoints.where(file.path), print)
+    files = {file.path: file for file in checkpoints.listing()[0]}
+    names = checkpoints_among(files)
+    found = _newest_whole(names, lambda name: checkpoints.read(files[name]), checkpoints.where, print)
     return None if found is None else found[1]
 
 

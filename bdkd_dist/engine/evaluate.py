@@ -6,12 +6,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from bdkd_dist import distributed
 from bdkd_dist.data.loader import Batch
-from bdkd_dist.engine import distributed
 from bdkd_dist.engine.observer import SamplePredictions
 from bdkd_dist.engine.pair import Pair
 from bdkd_dist.engine.replay import Replayed
-from bdkd_dist.metrics import CalibrationState, fit_temperature, fit_vector_scaling, ranks
+from bdkd_dist.metrics import CalibrationState, fit_temperature, fit_vector_scaling
 from bdkd_dist.objectives.divergences import entropy, log_probabilities
 
 VECTOR_SCALING_CLASSES = 1000
@@ -71,7 +71,7 @@ class Evaluator:
                 entropies[name].append(entropy(log_probabilities(values, temperature)))
         for state in states.values():
             state.all_reduce()
-        joined = {name: ranks.concatenate(torch.cat(parts)[None])[0].cpu() for name, parts in entropies.items()}
+        joined = {name: distributed.concatenate(torch.cat(parts)[None])[0].cpu() for name, parts in entropies.items()}
         return states, joined
 
     def outputs(self, batches: Iterable[Batch]) -> Outputs:

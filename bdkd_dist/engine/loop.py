@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bdkd_dist import __version__
+from bdkd_dist import __version__, distributed
 from bdkd_dist.config import Recipe
 from bdkd_dist.data.appearance import Appearance
 from bdkd_dist.data.dataset import Dataset
@@ -25,7 +25,6 @@ from bdkd_dist.data.order import (
     rank_batches,
     rank_shard,
 )
-from bdkd_dist.engine import distributed
 from bdkd_dist.engine.batchnorm import synchronise
 from bdkd_dist.engine.checkpoint import Checkpoints, load_teacher
 from bdkd_dist.engine.control import Control, Wish

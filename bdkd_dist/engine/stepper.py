@@ -6,6 +6,7 @@ on a single GPU the whole step, with its backward pass and the optimiser, is one
 
 import copy
 import gc
+import inspect
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -14,12 +15,16 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
+from bdkd_dist import distributed
 from bdkd_dist.config import Recipe
 from bdkd_dist.data.order import largest_share
-from bdkd_dist.engine import distributed
 from bdkd_dist.engine.optim import build_optimizer, load_optimizer, set_learning_rate
 from bdkd_dist.engine.pair import Pair
 from bdkd_dist.engine.replay import Replayed
+
+# torch 2.14 gave it another name.
+_DDP_OPTIONS = inspect.signature(DistributedDataParallel).parameters
+SYNC_BUFFERS = "forward_sync_buffers" if "forward_sync_buffers" in _DDP_OPTIONS else "broadcast_buffers"
 
 
 def release() -> None:
@@ -71,7 +76,7 @@ class Stepper:
         if self.world > 1:
             # DDP makes the networks equal on all ranks; a user's own may have begun with other numbers on each.
             distributed.broadcast_(t for average in self.averages.values() for t in average.state_dict().values())
-            options: dict[str, Any] = {distributed.SYNC_BUFFERS: False}
+            options: dict[str, Any] = {SYNC_BUFFERS: False}
             self._module = self._ddp = DistributedDataParallel(
                 self.pair,
                 device_ids=[self.device.index] if self.device.type == "cuda" else None,

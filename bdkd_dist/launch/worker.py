@@ -9,12 +9,12 @@ from pathlib import Path
 
 import torch
 
+from bdkd_dist import distributed
 from bdkd_dist.config import Recipe
 from bdkd_dist.data.augment import Transform
 from bdkd_dist.data.dataset import Dataset, load_dataset
 from bdkd_dist.data.loader import Loader, open_loader
 from bdkd_dist.data.order import rank_shard
-from bdkd_dist.engine import distributed
 from bdkd_dist.engine.checkpoint import Checkpoints
 from bdkd_dist.engine.control import Control
 from bdkd_dist.engine.evaluate import Outputs, calibrated, predictions

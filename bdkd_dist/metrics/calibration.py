@@ -5,8 +5,9 @@ import math
 import torch
 from torch import Tensor
 
+from bdkd_dist import distributed
 from bdkd_dist.errors import UserError
-from bdkd_dist.metrics import bootstrap, ranking, ranks
+from bdkd_dist.metrics import bootstrap, ranking
 from bdkd_dist.metrics.bins import Reliability, brier_split
 from bdkd_dist.metrics.inputs import check_shapes, count_outside, float64_chunks, outside
 
@@ -128,8 +129,8 @@ class CalibrationState:
         A collective: every rank calls it, once, after its last update, however many samples it has, even none.
         """
         for values in self._sums.values():
-            ranks.sum_(values)
-        self._samples = [ranks.concatenate(torch.cat(self._samples, dim=1))]
+            distributed.sum_(values)
+        self._samples = [distributed.concatenate(torch.cat(self._samples, dim=1))]
 
     def compute(self) -> dict[str, float]:
         """Return the figures as fractions (NLL and entropy in nats); all but ``count`` are nan without samples.

@@ -5,8 +5,8 @@ import math
 import torch
 from torch import Tensor
 
+from bdkd_dist.distributed import sum_
 from bdkd_dist.errors import UserError
-from bdkd_dist.metrics import ranks
 from bdkd_dist.metrics.inputs import check_shapes, count_outside, float64_chunks, outside
 
 T_MIN, T_MAX = 0.01, 100.0
@@ -37,7 +37,7 @@ def fit_temperature(logits: Tensor, targets: Tensor) -> float:
     """
     check_shapes(logits, targets)
     wrong = count_outside(targets, logits.shape[1])
-    count, outsiders = ranks.sum_(torch.stack((torch.full_like(wrong, len(targets)), wrong))).tolist()
+    count, outsiders = sum_(torch.stack((torch.full_like(wrong, len(targets)), wrong))).tolist()
     if outsiders:  # summed before it is raised, so that no rank is left waiting
         raise outside(outsiders, count, logits.shape[1])
     if not count:
@@ -68,7 +68,7 @@ def fit_temperature(logits: Tensor, targets: Tensor) -> float:
 def _separable(logits: Tensor, targets: Tensor) -> bool:
     """Return whether each sample's largest logit is its label's, over all ranks."""
     lacking = sum(((z.amax(1) > z.gather(1, y).squeeze(1)).sum() for z, y in float64_chunks(logits, targets)), 0)
-    return int(ranks.sum_(torch.as_tensor(lacking, device=logits.device))) == 0
+    return int(sum_(torch.as_tensor(lacking, device=logits.device))) == 0
 
 
 def _derivatives(logits: Tensor, targets: Tensor, beta: float) -> tuple[float, float]:
@@ -80,5 +80,5 @@ def _derivatives(logits: Tensor, targets: Tensor, beta: float) -> tuple[float, f
         mean = (p * z).sum(1, keepdim=True)
         variance = (p * (z - mean).square()).sum(1)
         sums += torch.stack(((mean - z.gather(1, y)).sum(), variance.sum()))
-    slope, curvature = ranks.sum_(sums).tolist()
+    slope, curvature = sum_(sums).tolist()
     return slope, curvature

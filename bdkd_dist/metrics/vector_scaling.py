@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bdkd_dist.metrics import ranks
+from bdkd_dist.distributed import broadcast_, sum_
 from bdkd_dist.metrics.inputs import check_logits, float64_chunks
 from bdkd_dist.metrics.temperature import fit_temperature
 
@@ -86,7 +86,7 @@ def _survey(logits: Tensor, targets: Tensor) -> tuple[float, float]:
     for z, y in float64_chunks(logits, targets):
         rivals = (z >= z.gather(1, y)).sum(1) - 1
         sums += torch.stack(((rivals > 0).sum(), z.square().sum(), torch.full_like(sums[2], z.numel())))
-    mistakes, squares, count = ranks.sum_(sums).tolist()
+    mistakes, squares, count = sum_(sums).tolist()
     return mistakes, math.sqrt(squares / count)
 
 
@@ -115,7 +115,8 @@ def _newton_step(gradient: Tensor, hessian: Tensor) -> tuple[Tensor, float]:
     Last bits of a factorisation depend on the processor: ranks on different machines would part ways.
     """
     step = -torch.cholesky_solve(gradient[:, None], torch.linalg.cholesky(hessian))[:, 0]
-    agreed = ranks.from_first(torch.cat((step, -(step @ gradient)[None])))
+    agreed = torch.cat((step, -(step @ gradient)[None]))
+    broadcast_([agreed])
     return agreed[:-1].view(2, -1), float(agreed[-1])
 
 
@@ -145,7 +146,7 @@ def _derivatives(logits: Tensor, targets: Tensor, unit: float, parameters: Tenso
     hessian.diagonal().add_(torch.cat((ww, bb)))
     hessian.diagonal(K).add_(wb)
     hessian.diagonal(-K).add_(wb)
-    ranks.sum_(sums)
+    sum_(sums)
     away = torch.cat((scale - 1, bias))
     hessian.diagonal().add_(PRIOR)
     return float(value) + PRIOR / 2 * float(away @ away), gradient + PRIOR * away, hessian

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from bdkd_dist.distributed import world_size
 from bdkd_dist.objectives.base import PairParts, PairwiseObjective, watch_apart
 from bdkd_dist.objectives.divergences import cross_entropy, kl_divergence, log_probabilities
 
@@ -51,7 +52,7 @@ def _teacher_waits(student: Tensor, teacher: Tensor, targets: Tensor) -> Tensor:
     gap = (student - teacher).abs().sum(1)
     values = torch.stack((gap, _distance(student, targets), _distance(teacher, targets), torch.ones_like(gap)))
     sums = values.sum(1)
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+    if world_size() > 1:
         dist.all_reduce(sums)
     gap_mean, student_distance, teacher_distance = (sums[:3] / sums[3]).unbind()
     total = student_distance + teacher_distance
