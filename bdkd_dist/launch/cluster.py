@@ -1,6 +1,7 @@
 """A Ray cluster as a driver sees it: connecting, what is free, which nodes go, ending a process on one of them."""
 
 import logging
+import math
 import os
 import signal
 import socket
@@ -64,6 +65,16 @@ def here() -> NodeAffinitySchedulingStrategy:
 def on_node(node_id: str) -> NodeAffinitySchedulingStrategy:
     """Return how to schedule on one node and no other."""
     return NodeAffinitySchedulingStrategy(node_id, soft=False)
+
+
+def cores(launch: Launch, workers: int) -> int:
+    """Return how many CPUs a cluster of this machine says it has: so many workers are asked for by name, and share."""
+    return max(os.cpu_count() or 1, math.ceil(workers * launch.cpus_per_worker))
+
+
+def claim(launch: Launch, cuda: bool) -> dict[str, float]:
+    """Return what a worker claims of a node."""
+    return {"CPU": launch.cpus_per_worker} | ({"GPU": launch.gpus_per_worker} if cuda else {})
 
 
 def free(resources: dict[str, float]) -> str:

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -172,13 +173,14 @@ class Mirror:
 
     def _records(self) -> list[_Record]:
         """Return the files of records as they are, in the order in which they are sent."""
-        paths = [self._run.path / METRICS, *event_files(self._run.tensorboard)]
-        stats = [(path.relative_to(self._run.path).as_posix(), path.stat()) for path in paths if path.is_file()]
-        return [_Record(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+        metrics = self._run.path / METRICS
+        return self._as_they_are([metrics] if metrics.is_file() else [], event_files(self._run.tensorboard))
 
     def _checkpoints(self) -> list[_Record]:
-        paths = sorted(self._run.checkpoints.glob("step-*.pt"))
-        stats = [(path.relative_to(self._run.path).as_posix(), path.stat()) for path in paths]
+        return self._as_they_are(Checkpoints(self._run.checkpoints).paths())
+
+    def _as_they_are(self, *paths: Sequence[Path]) -> list[_Record]:
+        stats = [(path.relative_to(self._run.path).as_posix(), path.stat()) for path in chain(*paths)]
         return [_Record(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
 
     def _in_thread(self, *arguments: Any) -> None:

@@ -97,12 +97,10 @@ def train(recipe: Recipe, progress: Observer, warn: Callable[[str], None], addre
     """
     launch = recipe.launch
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(START_TIMEOUT_S))
-    # More workers than this machine has cores may share them: they are asked for by name, so they get them.
-    cpus = max(os.cpu_count() or 1, math.ceil(launch.max_workers * launch.cpus_per_worker))
-    with cluster.connected(address or "local", cpus):
+    with cluster.connected(address or "local", cluster.cores(launch, launch.max_workers)):
         # A cluster that starts GPU nodes on demand shows none yet: there launch.device=cuda says that they are wanted.
         cuda = wants_cuda(recipe, None if address is None else ray.cluster_resources().get("GPU", 0))
-        resources = {"CPU": launch.cpus_per_worker} | ({"GPU": launch.gpus_per_worker} if cuda else {})
+        resources = cluster.claim(launch, cuda)
         relay = ray.remote(Relay).options(num_cpus=0, scheduling_strategy=cluster.here()).remote()
         trainer = TorchTrainer(
             ray_worker,

@@ -13,11 +13,10 @@ import torch
 from ray.exceptions import RayError
 from ray.train.torch import get_device
 
-from bdkd_dist import config
+from bdkd_dist import config, distributed
 from bdkd_dist.data.loader import DataError
-from bdkd_dist.engine import distributed
 from bdkd_dist.engine.endings import Diverged, Interrupted
-from bdkd_dist.engine.observer import EvalLog, StepLog
+from bdkd_dist.engine.observer import EvalLog, Observer, StepLog
 from bdkd_dist.errors import UserError
 from bdkd_dist.launch.lease import Superseded
 from bdkd_dist.launch.run_folder import RunFolder
@@ -43,8 +42,8 @@ ENDS_OF_ONE_RANK = ("mistaken", "damaged", "superseded", "broken")
 """Where one rank ends so, the others wait for it in vain."""
 
 
-class RelayedProgress:
-    """An observer whose calls reach the driver's."""
+class RelayedProgress(Observer):
+    """Passes calls on to the driver's observer, which the driver closes itself."""
 
     def __init__(self, tell: Callable[..., None]):
         self.tell = tell
@@ -60,12 +59,6 @@ class RelayedProgress:
     def evaluated(self, log: EvalLog) -> None:
         """See :meth:`Observer.evaluated`."""
         self.tell("evaluated", replace(log, entropies={}))  # for figures, which are drawn here
-
-    def flush(self) -> None:
-        """See :meth:`Observer.flush`."""
-
-    def close(self) -> None:
-        """See :meth:`Observer.close`; the driver closes its own."""
 
 
 def ray_worker(settings: dict[str, Any]) -> None:

@@ -16,11 +16,9 @@ from bdkd_dist.data.prepared import verify
 from bdkd_dist.engine.loop import Trainer
 from bdkd_dist.engine.observer import Observers
 from bdkd_dist.errors import UserError
-from bdkd_dist.files import atomic_write
 from bdkd_dist.launch import local, named_run, preflight, worker
 from bdkd_dist.launch.prepare import preparing
 from bdkd_dist.launch.run_folder import RunFolder
-from bdkd_dist.records.environment import write_environment
 from bdkd_dist.records.printing import warner
 from bdkd_dist.records.progress import Progress
 
@@ -49,10 +47,7 @@ def train(recipe: Recipe, console: Console, address: str | None = None) -> RunFo
             return folder
         dataset = prepared(recipe.data, console)
         check_fits(recipe, dataset)
-        folder.fetch("environment.json", say=warn)
-        atomic_write(folder.recipe, recipe.to_yaml().encode())
-        write_environment(folder.environment)
-        folder.push(folder.recipe, folder.environment, say=warn)
+        folder.describe(recipe, warn)
         _, *students = recipe.models.by_role.values()
         console.print(
             f"training {recipe.models.teacher} → {' + '.join(students)} with {recipe.objective.name} on "

@@ -19,9 +19,12 @@ from bdkd_dist import config
 from bdkd_dist.config import Recipe
 from bdkd_dist.data.node_folder import node_folder
 from bdkd_dist.data.sources.storage import Place
+from bdkd_dist.engine.checkpoint import checkpoints_among
 from bdkd_dist.engine.patience import patiently
 from bdkd_dist.errors import UserError
+from bdkd_dist.files import atomic_write
 from bdkd_dist.launch.lease import Lease
+from bdkd_dist.records.environment import write_environment
 from bdkd_dist.uris import is_uri
 
 SEEN_WITHIN_S = 10.0
@@ -124,7 +127,7 @@ class RunFolder:
     @property
     def finished(self) -> bool:
         """Whether the run came to its end: results are written last."""
-        return self.place.exists("results.json") if self.is_remote else self.results.is_file()
+        return self.place.exists("results.json")
 
     @property
     def begun(self) -> bool:
@@ -133,11 +136,8 @@ class RunFolder:
 
     def kept(self) -> list[str]:
         """Return the names of the checkpoints that lie in the run's place, oldest first."""
-        if not self.is_remote:
-            return sorted(path.name for path in self.checkpoints.glob("step-*.pt"))
         folder = self.place / "checkpoints"
-        names = [file.path for file in folder.listing()[0]] if folder.is_folder() else []
-        return [name for name in names if name.startswith("step-") and name.endswith(".pt")]
+        return checkpoints_among(file.path for file in folder.listing()[0]) if folder.is_folder() else []
 
     def check_owner(self, recipe: Recipe) -> None:
         """Raise UserError where the folder holds a run that would compute something else, or foreign files."""
@@ -152,10 +152,15 @@ class RunFolder:
             raise UserError(f"run.name={recipe.run.name}: {self} exists and holds no run; choose another run.name")
 
     def _names(self) -> list[str]:
-        if not self.is_remote:
-            return [child.name for child in self.path.iterdir()]
         files, folders = self.place.listing()
         return [*(file.path for file in files), *folders]
+
+    def describe(self, recipe: Recipe, say: Callable[[str], None]) -> None:
+        """Write what the run is: its resolved recipe, and the versions, code and machine of this start."""
+        self.fetch("environment.json", say=say)
+        atomic_write(self.recipe, recipe.to_yaml().encode())
+        write_environment(self.environment)
+        self.push(self.recipe, self.environment, say=say)
 
     def read_recipe(self) -> Recipe:
         """Return the resolved recipe that is kept here."""

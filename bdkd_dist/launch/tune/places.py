@@ -1,6 +1,5 @@
 """The cluster that a search runs on, and what its trials claim of it."""
 
-import math
 import os
 import time
 from collections.abc import Callable
@@ -44,8 +43,7 @@ class SearchCluster:
         if self._connected:
             return
         os.environ.update(RAY_SETTINGS)
-        # More workers than this machine has cores may share them: they are asked for by name.
-        cpus = max(os.cpu_count() or 1, math.ceil(self.launch.min_workers * self.launch.cpus_per_worker))
+        cpus = cluster.cores(self.launch, self.launch.min_workers)
         self._stack.enter_context(cluster.connected(self.address or "local", cpus))
         self._connected = True
         self.cuda = wants_cuda(self.recipe, None if self.address is None else ray.cluster_resources().get("GPU", 0))
@@ -53,7 +51,7 @@ class SearchCluster:
     @property
     def bundle(self) -> dict[str, float]:
         """What a worker claims."""
-        return {"CPU": self.launch.cpus_per_worker} | ({"GPU": self.launch.gpus_per_worker} if self.cuda else {})
+        return cluster.claim(self.launch, self.cuda)
 
     @property
     def options(self) -> dict[str, float]:

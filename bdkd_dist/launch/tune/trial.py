@@ -22,7 +22,7 @@ from ray.tune import Trainable
 
 from bdkd_dist import config
 from bdkd_dist.config import Recipe
-from bdkd_dist.engine.checkpoint import Checkpoints, loads
+from bdkd_dist.engine.checkpoint import Checkpoints, checkpoint_name, loads
 from bdkd_dist.engine.control import Control
 from bdkd_dist.engine.endings import Diverged
 from bdkd_dist.engine.loop import Trainer
@@ -30,7 +30,7 @@ from bdkd_dist.engine.observer import EvalLog, Observer
 from bdkd_dist.engine.patience import patiently
 from bdkd_dist.engine.stepper import release
 from bdkd_dist.errors import Fault, UserError, first_line
-from bdkd_dist.files import atomic_write, json_text
+from bdkd_dist.files import json_text
 from bdkd_dist.launch.mirror import METRICS
 from bdkd_dist.launch.ray_worker import is_loss
 from bdkd_dist.launch.run_folder import RunFolder
@@ -38,7 +38,6 @@ from bdkd_dist.launch.tune.folder import RECORD, TAKEN
 from bdkd_dist.launch.tune.ranks import Ranks
 from bdkd_dist.launch.worker import enough_memory, training
 from bdkd_dist.metrics.goals import Goal
-from bdkd_dist.records.environment import write_environment
 from bdkd_dist.records.hparams import HParams
 from bdkd_dist.records.metric_lines import MetricLines, flat, validations
 from bdkd_dist.records.tensorboard import TensorBoardObserver
@@ -182,10 +181,7 @@ class TrialProcess(Trainable):
             take_over(folder, self._taken_over, {"taken": self._taken, "values": self.values}, self._warn)
             self._taken_over = b""
         folder.path.mkdir(parents=True, exist_ok=True)
-        folder.fetch("environment.json", say=self._warn)
-        atomic_write(folder.recipe, recipe.to_yaml().encode())
-        write_environment(folder.environment)
-        folder.push(folder.recipe, folder.environment, say=self._warn)
+        folder.describe(recipe, self._warn)
         observers: list[Observer] = [
             TensorBoardObserver(folder.path, recipe.to_yaml()),
             MetricLines(folder.path),
@@ -266,7 +262,7 @@ def take_over(folder: RunFolder, content: bytes, mark: dict[str, Any], say: Call
 
     Killed in between, the trial has one or the other whole.
     """
-    name = f"step-{loads(content)['step']:08d}.pt"
+    name = checkpoint_name(loads(content)["step"])
     place = folder.place
     patiently(lambda: place.write(f"checkpoints/{name}", content), say)
     for own in patiently(folder.kept, say):
