@@ -158,19 +158,16 @@ class SearchProgress:
                 self._ended.pop(trial.number, None)
             elif self._ended.get(trial.number) != trial.status:
                 self._ended[trial.number] = trial.status
-                self._line(self._ended_line(trial))
+                print_line(self.console, self._ended_line(trial))
         if time.monotonic() >= self._next_line_s:
             self._next_line_s = time.monotonic() + PLAIN_EVERY_S
             parts = [self._summary()]
             if best := chosen(self._trials, self.goal):
                 parts.append(f"best so far trial {best[0].number}: {figures(best[0].metrics, self.goal)}")
-            self._line("  ".join([*parts, *filter(None, [self._waiting])]))
+            print_line(self.console, "  ".join([*parts, *filter(None, [self._waiting])]))
 
     def _ended_line(self, trial: Trial) -> str:
         parts = [f"trial {trial.name} {trial.status}"]
         if trial.reports:
             parts += [f"epoch {epochs(trial)}", figures(trial.metrics, self.goal)]
         return "  ".join([*parts, *filter(None, [trial.reason])])
-
-    def _line(self, text: str) -> None:
-        print_line(self.console, text)
