@@ -63,16 +63,15 @@ class Progress(Observer):
 
     def evaluated(self, log: EvalLog) -> None:
         """See :meth:`Observer.evaluated`."""
-        split = {"validation": "val"}.get(log.split, log.split)
         parts = [
             f"{network} top-1 {diagnosis.metrics['top1']:.1%} ECE {diagnosis.metrics['ece']:.1%}".replace("%", " %")
             for network, diagnosis in sorted(log.networks.items())
         ]
         if self._live is not None:
-            self._evaluation = f"{split} {parts[0]}"  # the student's: it comes first by name
+            self._evaluation = f"val {parts[0]}"  # the student's: it comes first by name
             self._live.update(self._shown())
         else:
-            print_line(self.console, "  ".join([f"epoch {log.epoch}/{self.epochs}", split, *parts]))
+            print_line(self.console, "  ".join([f"epoch {log.epoch}/{self.epochs}  val", *parts]))
 
     def close(self) -> None:
         """See :meth:`Observer.close`; the bar stays as it last stood and the terminal is as before."""
