@@ -175,11 +175,6 @@ class Goal:
         names = dict.fromkeys((*self.names, *(constraint.name for constraint in self.constraints)))
         return ", ".join(f"{name} {_figure(name, metrics.get(name, math.nan))}{self._asked(name)}" for name in names)
 
-    def __str__(self) -> str:
-        wanted = ", ".join(f"{name} ({mode})" for name, mode in zip(self.names, self.modes, strict=True))
-        bounds = " and ".join(map(str, self.constraints))
-        return f"{wanted} subject to {bounds}" if bounds else wanted
-
     def _asked(self, name: str) -> str:
         bounds = [f"{c.relation} {_figure(name, c.bound, digits=6)}" for c in self.constraints if c.name == name]
         return f" (asked: {' and '.join(bounds)})" if bounds else ""

@@ -43,10 +43,10 @@ class SearchProgress:
     Args:
         console: Where to.
         goal: What trials are ranked by.
-        num_trials: How many there will be; None where that is open.
+        num_trials: How many there will be.
     """
 
-    def __init__(self, console: Console, goal: Goal, num_trials: int | None):
+    def __init__(self, console: Console, goal: Goal, num_trials: int):
         self.console, self.goal, self.num_trials = console, goal, num_trials
         self._began_s = time.monotonic()
         self._work_before_s: float | None = None
@@ -84,11 +84,11 @@ class SearchProgress:
     def remaining_s(self) -> float | None:
         """Guess the time left from the ended trials' mean length and the pace since this search began or went on.
 
-        None before there is ground: no trials have ended since, or how many there will be is open.
+        None before there is ground: no trials have ended since.
         """
         ended = [trial.wall_s for trial in self._trials if trial.status in ("finished", "stopped")]
         work_s = sum(trial.wall_s for trial in self._trials) - (self._work_before_s or 0.0)
-        if self.num_trials is None or len(ended) < GROUND or work_s <= 0:
+        if len(ended) < GROUND or work_s <= 0:
             return None
         mean_s = sum(ended) / len(ended)
         under_way = sum(max(0.0, mean_s - trial.wall_s) for trial in self._trials if trial.status == "running")
@@ -108,12 +108,10 @@ class SearchProgress:
     def _summary(self) -> str:
         counts = Counter(trial.status for trial in self._trials) | Counter(running=0)
         counts["running"] = self._running
-        of = f" of {self.num_trials}" if self.num_trials is not None else ""
         parts = [f"{counts[status]} {status}" for status in STATUSES if counts[status] or status == "running"]
-        plural = "s" * ((self.num_trials or len(self._trials)) != 1)
-        text = (
-            f"{len(self._trials)}{of} trial{plural}: {', '.join(parts)}  {duration(time.monotonic() - self._began_s)}"
-        )
+        plural = "s" * (self.num_trials != 1)
+        passed = duration(time.monotonic() - self._began_s)
+        text = f"{len(self._trials)} of {self.num_trials} trial{plural}: {', '.join(parts)}  {passed}"
         left_s = self.remaining_s()
         return f"{text}, {duration(left_s)} left" if left_s else text
 

@@ -130,7 +130,7 @@ def of_test(results: Mapping[str, Any]) -> dict[str, float]:
     return flat
 
 
-def write_trials(path: Path, trials: Sequence[Trial], tests: Mapping[int, Mapping[str, float]] | None = None) -> None:
+def write_trials(path: Path, trials: Sequence[Trial], tests: Mapping[int, Mapping[str, float]]) -> None:
     """Write the trials as Parquet, whole or not at all: a row each, by number.
 
     Columns: ``number``, ``name``, ``status``, ``reason``, ``wall_s``, ``device_s``, ``epochs`` (of the newest report);
@@ -158,7 +158,7 @@ def write_trials(path: Path, trials: Sequence[Trial], tests: Mapping[int, Mappin
     }
     columns |= {key: _values([trial.values.get(key) for trial in rows]) for key in varied(rows)}
     columns |= _metrics([trial.metrics for trial in rows])
-    columns |= _metrics([(tests or {}).get(trial.number, {}) for trial in rows], "test/")
+    columns |= _metrics([tests.get(trial.number, {}) for trial in rows], "test/")
     columns["reports"] = _reports(rows)
     content = io.BytesIO()
     pq.write_table(pa.table(columns), content, compression="zstd")

@@ -123,14 +123,14 @@ def test_parquet_holds_every_trial_with_values_in_types_of_their_own(tmp_path: P
 
 @pytest.mark.parametrize("cells", [[1, "a"], [True, 2.5], [[9], 3], ["x", [1]]])
 def test_values_of_several_kinds_are_json(cells: list[Any], tmp_path: Path) -> None:
-    write_trials(tmp_path / "t.parquet", [Trial(n, str(n), {"a.b": cell}) for n, cell in enumerate(cells)])
+    write_trials(tmp_path / "t.parquet", [Trial(n, str(n), {"a.b": cell}) for n, cell in enumerate(cells)], {})
     assert [json.loads(cell) for cell in pq.read_table(tmp_path / "t.parquet")["a.b"].to_pylist()] == cells
 
 
 def test_pandas_reads_a_search_of_no_reports(tmp_path: Path) -> None:
     import pandas as pd
 
-    write_trials(tmp_path / "t.parquet", [lost(0), lost(1)])
+    write_trials(tmp_path / "t.parquet", [lost(0), lost(1)], {})
     assert pd.read_parquet(tmp_path / "t.parquet")["reason"].tolist() == ["out of memory"] * 2
 
 
