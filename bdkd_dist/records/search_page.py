@@ -115,13 +115,13 @@ def _lead(trials: Sequence[Trial], recipe: Recipe) -> str:
 
 def _counted(trials: Sequence[Trial]) -> str:
     counts = Counter[str](trial.status for trial in trials)
-    said = {
+    words = {
         "finished": "trained to the end",
         "stopped": "stopped early",
         "running": "not at its end",
         "failed": "failed",
     }
-    parts = [f"{counts[status]} {what}" for status, what in said.items() if counts[status]]
+    parts = [f"{counts[status]} {what}" for status, what in words.items() if counts[status]]
     return f"{len(trials)} trial{'s' * (len(trials) != 1)}: {', '.join(parts)}"
 
 

@@ -100,8 +100,8 @@ def heads(goal: Goal) -> dict[str, str]:
 def figures(metrics: Mapping[str, float], goal: Goal) -> str:
     """Return what is shown of a trial in one line, e.g. ``student top-1 71.20 % ECE 1.20 % NLL 1.0120``."""
     own = network(goal)
-    said = " ".join(f"{head.removesuffix(' %')} {number(metrics, name)}" for name, head in heads(goal).items())
-    return f"{own} {said.replace(f'{own} ', '')}"
+    parts = " ".join(f"{head.removesuffix(' %')} {number(metrics, name)}" for name, head in heads(goal).items())
+    return f"{own} {parts.replace(f'{own} ', '')}"
 
 
 def label(name: str) -> str:
