@@ -1,6 +1,7 @@
 """Runs side by side: which of them are one method, what each method reaches on the test images, how sure that is."""
 
 import json
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,12 +10,14 @@ from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
+import torch
 
 from bdkd_dist.config import NOT_IDENTITY, Recipe, flatten
 from bdkd_dist.engine.observer import NetworkDiagnosis
 from bdkd_dist.errors import UserError, first_line
 from bdkd_dist.metrics import Reliability
-from bdkd_dist.records.comparison_bootstrap import NUM_BINS, Difference, Said, bins, paired_bootstrap
+from bdkd_dist.metrics.bins import NUM_BINS
+from bdkd_dist.records.comparison_bootstrap import Difference, Said, bins, paired_bootstrap
 from bdkd_dist.records.results import read_results
 
 METRICS = ("top1", "ece", "adaece", "nll", "brier")
@@ -313,12 +316,9 @@ def pooled(confidence: np.ndarray, correct: np.ndarray) -> NetworkDiagnosis:
     """Return the reliability diagram of (N,) samples, in the bins of :class:`bdkd_dist.metrics.CalibrationState`."""
     bin_of = bins(confidence)
     count, right, sure = (np.bincount(bin_of, w, NUM_BINS) for w in (None, correct, confidence))
-    with np.errstate(invalid="ignore"):  # an empty bin has neither accuracy nor confidence
-        accuracy, mean = right / count, sure / count
-        top1, ece = correct.sum() / np.float64(len(bin_of)), np.abs(sure - right).sum() / np.float64(len(bin_of))
-    edges = tuple(b / NUM_BINS for b in range(NUM_BINS + 1))
-    reliability = Reliability(edges, tuple(count.tolist()), tuple(accuracy.tolist()), tuple(mean.tolist()))
-    return NetworkDiagnosis({"top1": float(top1), "ece": float(ece)}, reliability)
+    total = len(bin_of) or math.nan
+    metrics = {"top1": float(correct.sum()) / total, "ece": float(np.abs(sure - right).sum()) / total}
+    return NetworkDiagnosis(metrics, Reliability.of(*map(torch.from_numpy, (count, right, sure))))
 
 
 def _by_class(run: Run, said: Said) -> tuple[np.ndarray, np.ndarray]:
