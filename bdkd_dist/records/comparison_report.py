@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich import box
 from rich.table import Table
 
 from bdkd_dist.records.comparison import METRICS, Comparison, Method
@@ -21,6 +20,7 @@ from bdkd_dist.records.comparison_figures import (
 from bdkd_dist.records.figures import save_png
 from bdkd_dist.records.files import atomic_write
 from bdkd_dist.records.page import Page
+from bdkd_dist.records.printing import titled_table
 
 PAGE, SCATTER, DIAGRAMS, RUNS, METHODS = (
     "report.html",
@@ -70,13 +70,8 @@ def methods_table(comparison: Comparison) -> Table:
 
     Top-1 and ECE are percentages, NLL is in nats; ``–`` where a figure does not exist.
     """
-    table = Table(
-        title=f"test, {_counted(comparison)}",
-        title_justify="left",
-        title_style="bold",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-    )
+    table = titled_table(f"test, {_counted(comparison)}")
+    table.padding = (0, 1, 0, 0)
     table.add_column("method", max_width=LABEL_WIDTH, overflow="fold")
     table.add_column("network", no_wrap=True)
     for column in ("runs", "top-1 %", "ECE %", "ECE %\nT-scaled", "NLL"):

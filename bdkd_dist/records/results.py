@@ -5,10 +5,10 @@ import math
 from pathlib import Path
 from typing import Any
 
-from rich import box
 from rich.table import Table
 
 from bdkd_dist.records.files import atomic_write, json_text, with_nan
+from bdkd_dist.records.printing import titled_table
 
 SPLITS = ("validation", "test")
 SCALINGS = {"T-scaled": "temperature_scaled", "V-scaled": "vector_scaled"}
@@ -38,14 +38,7 @@ def results_table(results: dict[str, Any], split: str = "test") -> Table:
 
     Top-1, ECE and AdaECE are percentages, NLL is in nats, Brier in [0, 2]; ``–`` where a figure does not exist.
     """
-    table = Table(
-        title=f"{split}, after {results['epochs']} epochs",
-        title_justify="left",
-        title_style="bold",
-        box=box.SIMPLE_HEAD,
-    )
-    for column in ("network", "", *PERCENT, *PLAIN, "T"):
-        table.add_column(column, justify="left" if column in ("network", "") else "right", no_wrap=True)
+    table = titled_table(f"{split}, after {results['epochs']} epochs", ("network", ""), (*PERCENT, *PLAIN, "T"))
     for network in sorted(results[split], key=lambda name: (name != "teacher", name)):
         of_network = results[split][network]
         table.add_row(network, "raw", *_cells(of_network["raw"]), _number(1.0, 2))

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bdkd_dist.metrics.goals import SHORT, Goal
-from bdkd_dist.records.figures import FAINT, INK
-from bdkd_dist.records.search_figures import FINISHED, PALE, draw_point, frame, style
+from bdkd_dist.records.figures import FAINT, INK, new_figure, style
+from bdkd_dist.records.search_figures import FINISHED, PALE, draw_point, frame
 from bdkd_dist.records.search_tables import LABELS, PERCENT, network, ranked, said, short_names, varied
 from bdkd_dist.records.trials import Trial
 
@@ -84,8 +84,6 @@ def parallel_figure(trials: Sequence[Trial], goal: Goal) -> "Figure | None":
     Returns:
         The figure, about an inch an axis wide, 100 dots per inch; None where nothing was varied or reported.
     """
-    from matplotlib.figure import Figure
-
     order = [trial for trial in ranked(trials, goal) if trial.reports and trial.status != "failed"]
     keys = [key for key in varied(order) if len({said(trial.values.get(key)) for trial in order}) > 1]
     if not keys:
@@ -95,7 +93,7 @@ def parallel_figure(trials: Sequence[Trial], goal: Goal) -> "Figure | None":
     axes_of |= {_metric_title(name): _metric_places(order, name, mode) for name, mode in _measured(goal).items()}
     ended = sum(trial.status == "finished" for trial in order)
 
-    figure = Figure(figsize=(max(6.4, AXIS_IN * len(axes_of) + 0.3), PARALLEL_IN), dpi=100, facecolor="white")
+    figure = new_figure(max(6.4, AXIS_IN * len(axes_of) + 0.3), PARALLEL_IN)
     axes = figure.add_axes((0, 0.16, 1, 0.71))
     axes.set_axis_off()
     axes.set_xlim(-0.62, len(axes_of) - 0.6)
@@ -119,8 +117,6 @@ def slice_figure(trials: Sequence[Trial], goal: Goal) -> "Figure | None":
     Returns:
         The figure, 2.1 inches a panel, 100 dots per inch; None where nothing was varied or reported.
     """
-    from matplotlib.figure import Figure
-
     drawn = [trial for trial in trials if trial.reports and trial.status != "failed"]
     keys = [key for key in varied(drawn) if len({said(trial.values.get(key)) for trial in drawn}) > 1]
     if not keys:
@@ -129,7 +125,7 @@ def slice_figure(trials: Sequence[Trial], goal: Goal) -> "Figure | None":
     rows = -(-len(keys) // PER_ROW)
     columns = -(-len(keys) // rows)
     width_in, height_in = 0.8 + PANEL_IN * columns, 0.1 + (PANEL_IN + 0.15) * rows
-    figure = Figure(figsize=(width_in, height_in), dpi=100, facecolor="white")
+    figure = new_figure(width_in, height_in)
     for number, key in enumerate(keys):
         row, column = divmod(number, columns)
         left, bottom = 0.75 + PANEL_IN * column, height_in - (PANEL_IN + 0.15) * row - 1.8
@@ -156,21 +152,18 @@ def importance_figure(trials: Sequence[Trial], goal: Goal) -> "Figure | None":
         The figure, 6.4 inches wide, 100 dots per inch; None with fewer than :data:`LEAST_TRIALS` finished trials, or
         with fewer than two keys that all of them have and that differ.
     """
-    from matplotlib.figure import Figure
-
     shares = importances(trials, goal)
     if not shares:
         return None
     finished = sum(trial.status == "finished" for trial in trials)
     names = short_names(list(shares))
     height_in = 0.75 + 0.3 * len(shares)
-    figure = Figure(figsize=(6.4, height_in), dpi=100, facecolor="white")
+    figure = new_figure(6.4, height_in)
     axes = figure.add_axes((0.3, 0.58 / height_in, 0.62, 1 - 0.68 / height_in))
     bars = axes.barh([names[key] for key in shares], [100 * share for share in shares.values()], color=FINISHED)
     axes.bar_label(bars, [f" {100 * share:.0f} %" for share in shares.values()], fontsize=8, color=INK)
     axes.invert_yaxis()
-    style(axes)
-    axes.grid(axis="x", color="#E4E4E4", linewidth=0.6)
+    style(axes, grid="x")
     axes.tick_params(axis="y", length=0, labelsize=9)
     axes.set_xlim(0, 108 * max(shares.values()))
     score = score_name(goal)
@@ -360,5 +353,4 @@ def _draw_slice(axes: "Axes", trials: Sequence[Trial], key: str, name: str) -> N
         draw_point(axes, (x, _metric(trial, name)), trial.status)
     places, texts = zip(*scale.ticks(), strict=True)
     axes.set_xticks(places, texts)
-    style(axes)
-    axes.grid(axis="y", color="#E4E4E4", linewidth=0.6)
+    style(axes, grid="y")

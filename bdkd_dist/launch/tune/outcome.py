@@ -7,7 +7,6 @@ from typing import Any
 
 import ray
 import torch
-from rich import box
 from rich.table import Table
 
 from bdkd_dist.config import Recipe
@@ -19,6 +18,7 @@ from bdkd_dist.launch.tune.algorithms import Plan
 from bdkd_dist.launch.tune.folder import TRIALS, SearchFolder
 from bdkd_dist.launch.tune.places import SearchCluster
 from bdkd_dist.launch.worker import finish, for_evaluation, training
+from bdkd_dist.records.printing import titled_table
 from bdkd_dist.records.results import read_results
 from bdkd_dist.records.search_report import BEST, PAGE, SearchSummary, write_report
 from bdkd_dist.records.search_tables import heads, number, of_test
@@ -61,11 +61,7 @@ class Found:
     def table(self) -> Table:
         """Return the chosen trials' figures on both splits."""
         names = heads(self.plan.goal)
-        table = Table(
-            title="chosen on validation, then tested", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD
-        )
-        for column in ("trial", "", *names.values()):
-            table.add_column(column, justify="left" if column in ("trial", "") else "right")
+        table = titled_table("chosen on validation, then tested", ("trial", ""), names.values())
         for trial in self.chosen:
             results = f"{TRIALS}/{trial.name}/results.json"
             self.folder.folder.fetch(results)
