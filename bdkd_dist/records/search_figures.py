@@ -7,8 +7,9 @@ import numpy as np
 
 from bdkd_dist.metrics.goals import Goal
 from bdkd_dist.records.figures import COLOURS, DASHES, FAINT, INK, new_figure, style
-from bdkd_dist.records.search_tables import LABELS, chosen, network
+from bdkd_dist.records.search_tables import chosen, network
 from bdkd_dist.records.trials import Status, Trial
+from bdkd_dist.records.wording import label
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -76,7 +77,7 @@ def curves_figure(trials: Sequence[Trial], goal: Goal) -> "Figure":
         kept = [100 * report.metrics.get(name, np.nan) for trial in strong for report in trial.reports]
         axes.set_ylim(*frame(drawn, kept))
         axes.set_xlabel("epochs trained", color=INK, fontsize=9)
-        axes.set_title(f"{network(goal)} {LABELS[metric]} (%)", loc="left", fontsize=9.5, color=INK, fontweight="bold")
+        axes.set_title(label(name, unit=" (%)"), loc="left", fontsize=9.5, color=INK, fontweight="bold")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     _curves_legend(figure, trials, strong)
     return figure
@@ -233,8 +234,8 @@ def _pareto_legend(
         handles.append(Line2D([], [], color=COLOURS[3], linewidth=1.2, linestyle=DASHES, label="constraint"))
     if beyond := sum(_at_edge(axes, *point)[1] != "o" for point in points.values()):
         dot["marker"] = "<"
-        label = f"{beyond} beyond the edge"
-        handles.append(Line2D([], [], **dot, markersize=5, markerfacecolor="none", markeredgecolor=FAINT, label=label))
+        text = f"{beyond} beyond the edge"
+        handles.append(Line2D([], [], **dot, markersize=5, markerfacecolor="none", markeredgecolor=FAINT, label=text))
     if failed := sum(trial.status == "failed" for trial in trials):
         handles.append(Line2D([], [], linestyle="", label=f"not drawn: {failed} failed"))
     figure.legend(handles=handles, loc="lower center", ncols=2, fontsize=8, frameon=False, labelcolor=INK)

@@ -18,15 +18,12 @@ from bdkd_dist.records.search_tables import (
     epochs,
     figures,
     heads,
-    label,
     network,
-    number,
     ranked,
-    said,
-    short_names,
     varied,
 )
 from bdkd_dist.records.trials import Trial
+from bdkd_dist.records.wording import label, metric_text, short_names, value_text
 
 PLAIN_EVERY_S = 30.0
 """Plain lines about the whole search come at most this often; the end of a trial always has one."""
@@ -121,15 +118,15 @@ class SearchProgress:
         table.add_column("", justify="right", no_wrap=True)
         table.add_column("tried", ratio=1, no_wrap=True, overflow="ellipsis")
         table.add_column("epoch", justify="right", no_wrap=True)
-        for name in shown:
-            table.add_column(label(name).removeprefix(f"{network(self.goal)} "), justify="right", no_wrap=True)
+        for head in shown.values():
+            table.add_column(head.removeprefix(f"{network(self.goal)} "), justify="right", no_wrap=True)
         table.add_column("status", no_wrap=True)
         for trial in [trial for trial in ranked(self._trials, self.goal) if trial.reports][:BEST]:
             table.add_row(
                 str(trial.number),
                 self._tried(trial),
                 str(epochs(trial)),
-                *(number(trial.metrics, name, unit="") for name in shown),
+                *(metric_text(trial.metrics.get(name), name) for name in shown),
                 trial.status,
                 style="bold" if trial in best else "",
             )
@@ -137,16 +134,17 @@ class SearchProgress:
 
     def _tried(self, trial: Trial) -> str:
         names = short_names(varied(self._trials))
-        return "  ".join(f"{names[key]} {said(value)}" for key, value in trial.values.items())
+        return "  ".join(f"{names[key]} {value_text(value)}" for key, value in trial.values.items())
 
     def _front(self) -> str:
         if not self.goal.is_pareto:
             return ""
         front = [
-            f"trial {trial.number} " + " / ".join(number(trial.metrics, name) for name in self.goal.names)
+            f"trial {trial.number} "
+            + " / ".join(metric_text(trial.metrics.get(name), name, unit=" %") for name in self.goal.names)
             for trial in chosen(self._trials, self.goal)
         ]
-        names = " / ".join(label(name).removesuffix(" %") for name in self.goal.names)
+        names = " / ".join(label(name, unit="") for name in self.goal.names)
         # Lines break between trials, not within one.
         return "   ".join(part.replace(" ", "\u00a0") for part in [f"front so far, {names}:", *front]) if front else ""
 

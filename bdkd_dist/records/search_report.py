@@ -15,6 +15,7 @@ from bdkd_dist.records.search_page import Drawn, SearchSummary, search_page
 from bdkd_dist.records.search_tables import best_yaml, chosen, of_test, write_trials
 from bdkd_dist.records.search_values_figures import importance_figure, parallel_figure
 from bdkd_dist.records.trials import Trial
+from bdkd_dist.records.wording import students_first
 
 __all__ = ["BEST", "FILES", "PAGE", "SearchSummary", "write_report"]
 
@@ -80,7 +81,7 @@ def _diagrams(folder: Path, best: Sequence[Trial], recipe: Recipe) -> dict[str, 
         if not predictions.is_file():
             continue
         run = Run.read(f"trials/{trial.name}", recipe, run_folder / "results.json", predictions)
-        for name in sorted(run.said, key=lambda name: (name == "teacher", name)):
+        for name in students_first(run.said):
             if (name != "teacher" or len(best) == 1) and len(diagrams) < DIAGRAMS:
                 diagrams[f"trial {trial.number}, {name}"] = pooled(run.said[name].confidence, run.said[name].correct)
     return diagrams

@@ -10,8 +10,9 @@ import numpy as np
 from bdkd_dist.metrics.goals import SHORT, Goal
 from bdkd_dist.records.figures import FAINT, INK, new_figure, style
 from bdkd_dist.records.search_figures import FINISHED, PALE, draw_point, frame
-from bdkd_dist.records.search_tables import LABELS, PERCENT, network, ranked, said, short_names, varied
+from bdkd_dist.records.search_tables import network, ranked, varied
 from bdkd_dist.records.trials import Trial
+from bdkd_dist.records.wording import is_percent, label, short_names, value_text
 
 if TYPE_CHECKING:
     import optuna
@@ -46,16 +47,16 @@ class Scale:
     def of(cls, values: Sequence[Any]) -> "Scale":
         """Return the scale of all of a key's values; there is at least one."""
         numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
-        different = sorted(set(values)) if numbers else sorted(set(map(said, values)))
+        different = sorted(set(values)) if numbers else sorted(set(map(value_text, values)))
         if not numbers or (len(different) <= FEW and 2 * len(different) <= len(values)):
-            return cls(choices=tuple(map(said, different)))
+            return cls(choices=tuple(map(value_text, different)))
         low, high = float(different[0]), float(different[-1])
         return cls(low, high, is_log=low > 0 and high / low > DECADES)
 
     def at(self, value: Any) -> float:
         """Return the place of a value."""
         if self.choices is not None:
-            return (self.choices.index(said(value)) + 0.5) / len(self.choices)
+            return (self.choices.index(value_text(value)) + 0.5) / len(self.choices)
         low, high, own = map(math.log, (self.low, self.high, value)) if self.is_log else (self.low, self.high, value)
         return (own - low) / (high - low) if high > low else 0.5
 
@@ -63,7 +64,7 @@ class Scale:
         """Return places and what stands there."""
         if self.choices is not None:
             return [((n + 0.5) / len(self.choices), choice) for n, choice in enumerate(self.choices)]
-        return [(self.at(value), said(float(value))) for value in self._round_values()]
+        return [(self.at(value), value_text(float(value))) for value in self._round_values()]
 
     def _round_values(self) -> list[float]:
         from matplotlib.ticker import LogLocator, MaxNLocator
@@ -85,7 +86,7 @@ def parallel_figure(trials: Sequence[Trial], goal: Goal) -> "Figure | None":
         The figure, about an inch an axis wide, 100 dots per inch; None where nothing was varied or reported.
     """
     order = [trial for trial in ranked(trials, goal) if trial.reports and trial.status != "failed"]
-    keys = [key for key in varied(order) if len({said(trial.values.get(key)) for trial in order}) > 1]
+    keys = [key for key in varied(order) if len({value_text(trial.values.get(key)) for trial in order}) > 1]
     if not keys:
         return None
     names = short_names(keys)
@@ -118,7 +119,7 @@ def slice_figure(trials: Sequence[Trial], goal: Goal) -> "Figure | None":
         The figure, 2.1 inches a panel, 100 dots per inch; None where nothing was varied or reported.
     """
     drawn = [trial for trial in trials if trial.reports and trial.status != "failed"]
-    keys = [key for key in varied(drawn) if len({said(trial.values.get(key)) for trial in drawn}) > 1]
+    keys = [key for key in varied(drawn) if len({value_text(trial.values.get(key)) for trial in drawn}) > 1]
     if not keys:
         return None
     name, names = goal.names[0], short_names(keys)
@@ -137,7 +138,7 @@ def slice_figure(trials: Sequence[Trial], goal: Goal) -> "Figure | None":
         if column:
             axes.tick_params(labelleft=False)
         else:
-            axes.set_ylabel(f"{_title(name)}", color=INK, fontsize=8.5)
+            axes.set_ylabel(label(name, unit=" (%)"), color=INK, fontsize=8.5)
     return figure
 
 
@@ -187,7 +188,8 @@ def importances(trials: Sequence[Trial], goal: Goal) -> dict[str, float]:
     keys = [
         key
         for key in varied(finished)
-        if all(key in trial.values for trial in finished) and len({said(trial.values[key]) for trial in finished}) > 1
+        if all(key in trial.values for trial in finished)
+        and len({value_text(trial.values[key]) for trial in finished}) > 1
     ]
     if len(finished) < LEAST_TRIALS or len(keys) < 2:
         return {}
@@ -221,7 +223,7 @@ def _distribution(values: Sequence[Any]) -> "optuna.distributions.BaseDistributi
 def _param(value: Any, distribution: "optuna.distributions.BaseDistribution") -> Any:
     from optuna.distributions import CategoricalDistribution
 
-    return said(value) if isinstance(distribution, CategoricalDistribution) else float(value)
+    return value_text(value) if isinstance(distribution, CategoricalDistribution) else float(value)
 
 
 Places = tuple[list[float], list[tuple[float, str]]]
@@ -262,14 +264,14 @@ def _measured(goal: Goal) -> dict[str, str]:
 
 def _metric(trial: Trial, name: str) -> float:
     value = trial.metrics.get(name, math.nan)
-    return 100 * value if name.rpartition("/")[2] in PERCENT else value
+    return 100 * value if is_percent(name) else value
 
 
 def _metric_frame(trials: Sequence[Trial], name: str) -> tuple[float, float]:
     """Return limits around what finished trials reached, all trials' where none finished."""
     finished = [trial for trial in trials if trial.status == "finished"] or trials
     values = [_metric(trial, name) for trial in finished]
-    if name.rpartition("/")[2] in PERCENT:
+    if is_percent(name):
         return frame(values)
     finite = [value for value in values if math.isfinite(value)] or [0.0, 1.0]
     low, high = np.percentile(finite, (0, 100))
@@ -279,13 +281,8 @@ def _metric_frame(trials: Sequence[Trial], name: str) -> tuple[float, float]:
     return low - spare, high + spare
 
 
-def _title(name: str) -> str:
-    of_network, _, metric = name.partition("/")
-    return f"{of_network} {LABELS.get(metric, metric)}" + (" (%)" if metric in PERCENT else "")
-
-
 def _metric_title(name: str) -> str:
-    return _title(name).replace(" ", "\n", 1)
+    return label(name, unit=" (%)").replace(" ", "\n", 1)
 
 
 def _wrapped(name: str) -> str:

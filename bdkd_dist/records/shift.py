@@ -5,7 +5,6 @@ severity 1, …]}}}}`` with figures ``{"raw": metrics, "temperature_scaled": met
 """
 
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ from rich.table import Table
 from bdkd_dist.records.figures import COLOURS, DASHES, INK, MARKERS, PALEST, new_figure, style
 from bdkd_dist.records.files import atomic_write, json_text
 from bdkd_dist.records.printing import titled_table
+from bdkd_dist.records.wording import percent
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -73,7 +73,7 @@ def severity_table(measured: dict[str, Any]) -> Table:
         for row, (kind, metric) in ROWS.items():
             values = by_severity(network, kind, metric).mean(0)
             first, last = row == next(iter(ROWS)), row == list(ROWS)[-1]
-            table.add_row(name if first else "", row, *(_percent(value) for value in values), end_section=last)
+            table.add_row(name if first else "", row, *map(percent, values), end_section=last)
     return table
 
 
@@ -84,7 +84,7 @@ def corruption_table(measured: dict[str, Any]) -> Table:
         means = [by_severity(network, kind, metric)[:, 1:].mean(1) for kind, metric in ROWS.values()]
         corruptions = list(network["corruptions"])
         for row, corruption in enumerate(corruptions):
-            cells = (_percent(values[row]) for values in means)
+            cells = (percent(values[row]) for values in means)
             last = corruption == corruptions[-1]
             table.add_row("" if row else name, corruption, *cells, end_section=last)
     return table
@@ -102,7 +102,7 @@ def ood_table(compared: dict[str, Any]) -> Table:
     table = titled_table(title, ("network",), ("AUROC %", "FPR at 95 % TPR, %", "confidence, test %", "other %"))
     for name, figures in compared["networks"].items():
         keys = ("auroc", "fpr95", "confidence_inside", "confidence_outside")
-        table.add_row(name, *(_percent(figures[key]) for key in keys))
+        table.add_row(name, *(percent(figures[key]) for key in keys))
     return table
 
 
@@ -193,7 +193,3 @@ def _legend(figure: "Figure", networks: Sequence[str]) -> None:
 def _name(source: str) -> str:
     """Return the last part of a data set's path."""
     return Path(source).resolve().name
-
-
-def _percent(value: float | None) -> str:
-    return "–" if value is None or not math.isfinite(value) else f"{100 * value:.2f}"

@@ -21,8 +21,9 @@ from bdkd_dist.launch.worker import finish, for_evaluation, training
 from bdkd_dist.records.printing import titled_table
 from bdkd_dist.records.results import read_results
 from bdkd_dist.records.search_report import BEST, PAGE, SearchSummary, write_report
-from bdkd_dist.records.search_tables import heads, number, of_test
+from bdkd_dist.records.search_tables import heads, of_test
 from bdkd_dist.records.trials import Trial
+from bdkd_dist.records.wording import metric_text
 
 NEEDED = ("results.json", "predictions/test.parquet")
 """What the report reads of a tested trial."""
@@ -68,7 +69,7 @@ class Found:
             measured = of_test(read_results(self.folder.folder.path / results))
             for label, metrics in (("validation", trial.metrics), ("test", measured)):
                 shown = f"{trial.number:04d}" if label == "validation" else ""
-                table.add_row(shown, label, *(number(metrics, name, unit="") for name in names))
+                table.add_row(shown, label, *(metric_text(metrics.get(name), name) for name in names))
             table.add_section()
         return table
 
