@@ -262,7 +262,7 @@ class Trainer:
         states, entropies = self.evaluator.diagnose(self.loaders["validation"].batches(0, batches))
         if self.rank == 0:
             networks = {name: NetworkDiagnosis(state.compute(), state.reliability()) for name, state in states.items()}
-            self.observer.evaluated(EvalLog(self.step, self.epoch, "validation", networks, entropies))
+            self.observer.evaluated(EvalLog(self.step, self.epoch, networks, entropies))
 
     def _save(self) -> Path:
         """Checkpoint the run as it stands between two steps."""

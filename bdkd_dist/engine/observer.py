@@ -34,12 +34,11 @@ class NetworkDiagnosis:
 
 @dataclass(frozen=True)
 class EvalLog:
-    """All networks on one split."""
+    """All networks on the validation split."""
 
     step: int
     epoch: int
     """Epochs completed."""
-    split: str
     networks: dict[str, NetworkDiagnosis]
     """By network: ``teacher``, ``student`` and, with a moving average, ``student_ema``."""
     entropies: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -58,7 +57,7 @@ class Observer(Protocol):
         return
 
     def evaluated(self, log: EvalLog) -> None:
-        """A split was evaluated."""
+        """The validation split was evaluated."""
         return
 
     def flush(self) -> None:

@@ -1,8 +1,18 @@
 """What the binned sums say: the reliability diagram, and the split of the Brier score."""
 
 from dataclasses import dataclass
+from typing import Self
 
 from torch import Tensor
+
+NUM_BINS = 15
+"""Unless something else is asked for (Guo et al., 2017)."""
+
+
+def bin_edges(num_bins: int) -> tuple[float, ...]:
+    """Return the num_bins + 1 edges of bins (lo, hi] of equal width, from 0 to 1."""
+    # Quotients taken on the host: CUDA multiplies by a rounded reciprocal, which moves edges such as 3/15.
+    return tuple(b / num_bins for b in range(num_bins + 1))
 
 
 @dataclass(frozen=True)
@@ -17,6 +27,22 @@ class Reliability:
     """Fraction correct per bin; nan where the bin is empty."""
     confidence: tuple[float, ...]
     """Mean confidence per bin; nan where the bin is empty."""
+
+    @classmethod
+    def of(cls, count: Tensor, correct: Tensor, confidence: Tensor) -> Self:
+        """Return what sums over the samples of each bin say.
+
+        Args:
+            count: (num_bins,) samples.
+            correct: (num_bins,) of them, those that are right.
+            confidence: (num_bins,) float64 sum of their confidences.
+        """
+        return cls(
+            edges=bin_edges(len(count)),
+            count=tuple(count.tolist()),
+            accuracy=tuple((correct.double() / count).tolist()),
+            confidence=tuple((confidence / count).tolist()),
+        )
 
 
 def brier_split(count: Tensor, hits: Tensor, gap: Tensor, total: float) -> tuple[float, float, float]:

@@ -8,7 +8,7 @@ from torch import Tensor
 from bdkd_dist import distributed
 from bdkd_dist.errors import UserError
 from bdkd_dist.metrics import bootstrap, ranking
-from bdkd_dist.metrics.bins import Reliability, brier_split
+from bdkd_dist.metrics.bins import NUM_BINS, Reliability, bin_edges, brier_split
 from bdkd_dist.metrics.inputs import check_shapes, count_outside, float64_chunks, outside
 
 
@@ -32,16 +32,14 @@ class CalibrationState:
         UserError: ``num_classes`` or ``num_bins`` is too small.
     """
 
-    def __init__(self, num_classes: int, num_bins: int = 15, device: torch.device | str = "cpu"):
+    def __init__(self, num_classes: int, num_bins: int = NUM_BINS, device: torch.device | str = "cpu"):
         for name, value, least in (("num_classes", num_classes, 2), ("num_bins", num_bins, 1)):
             if value < least:
                 raise UserError(f"{name}: {value}; allowed: {least} or more")
         self.num_classes = num_classes
         self.num_bins = num_bins
-        # Quotients taken on the host: CUDA multiplies by a rounded reciprocal, which moves edges such as 3/15.
-        self._edges = [b / num_bins for b in range(num_bins + 1)]
         with torch.inference_mode(False):  # a tensor born in inference mode could not be added to outside it
-            self._inner_edges = torch.tensor(self._edges[1:-1], dtype=torch.float64, device=device)
+            self._inner_edges = torch.tensor(bin_edges(num_bins)[1:-1], dtype=torch.float64, device=device)
             self._first_bin = torch.arange(0, num_classes * num_bins, num_bins, device=device)
             self._classes = torch.arange(num_classes, device=device)
             self._sums = {
@@ -189,13 +187,7 @@ class CalibrationState:
             UserError: Targets were out of range.
         """
         sums = self._on_host()
-        count = sums["bin_count"]
-        return Reliability(
-            edges=tuple(self._edges),
-            count=tuple(count.tolist()),
-            accuracy=tuple((sums["bin_correct"].double() / count).tolist()),
-            confidence=tuple((sums["bin_confidence"] / count).tolist()),
-        )
+        return Reliability.of(sums["bin_count"], sums["bin_correct"], sums["bin_confidence"])
 
     def intervals(self, level: float = 0.95, resamples: int = 1000, seed: int = 0) -> dict[str, tuple[float, float]]:
         """Return bootstrap intervals (low, high) of top1, nll, brier, ece, adaece, auroc and aurc.

@@ -35,7 +35,9 @@ SHORT = {"nll": "student/nll", "accuracy": "student/top1", "ece": "student/ece"}
 
 PARETO = ("student/top1", "student/ece")
 
-_PERCENT = ("top1", "top5", "ece", "adaece", "classwise_ece", "mce", "gap")
+PERCENT = ("top1", "top5", "ece", "adaece", "classwise_ece", "mce", "gap")
+"""Fractions that are shown as percentages."""
+
 _NETWORKS = re.compile(r"teacher|student(_[1-9]\d*)?(_ema)?")
 
 
@@ -175,11 +177,6 @@ class Goal:
         names = dict.fromkeys((*self.names, *(constraint.name for constraint in self.constraints)))
         return ", ".join(f"{name} {_figure(name, metrics.get(name, math.nan))}{self._asked(name)}" for name in names)
 
-    def __str__(self) -> str:
-        wanted = ", ".join(f"{name} ({mode})" for name, mode in zip(self.names, self.modes, strict=True))
-        bounds = " and ".join(map(str, self.constraints))
-        return f"{wanted} subject to {bounds}" if bounds else wanted
-
     def _asked(self, name: str) -> str:
         bounds = [f"{c.relation} {_figure(name, c.bound, digits=6)}" for c in self.constraints if c.name == name]
         return f" (asked: {' and '.join(bounds)})" if bounds else ""
@@ -234,5 +231,5 @@ def _check_metric(whose: str, name: str, networks: Sequence[str] | None) -> None
 
 def _figure(name: str, value: float, digits: int = 3) -> str:
     """Return a metric as a person reads it: percent where it is a share."""
-    share = name.partition("/")[2] in _PERCENT
+    share = name.partition("/")[2] in PERCENT
     return f"{100 * value:.{digits}g} %" if share else f"{value:.{digits}g}"

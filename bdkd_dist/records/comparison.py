@@ -1,6 +1,7 @@
 """Runs side by side: which of them are one method, what each method reaches on the test images, how sure that is."""
 
 import json
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,15 +10,17 @@ from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
+import torch
 
 from bdkd_dist.config import NOT_IDENTITY, Recipe, flatten
 from bdkd_dist.engine.observer import NetworkDiagnosis
 from bdkd_dist.errors import UserError, first_line
 from bdkd_dist.metrics import Reliability
-from bdkd_dist.records.comparison_bootstrap import NUM_BINS, Difference, Said, bins, paired_bootstrap
+from bdkd_dist.metrics.bins import NUM_BINS
+from bdkd_dist.records.comparison_bootstrap import Difference, Said, bins, paired_bootstrap
 from bdkd_dist.records.results import read_results
+from bdkd_dist.records.wording import METRICS, short_names, students_first, value_text
 
-METRICS = ("top1", "ece", "adaece", "nll", "brier")
 SEED = "train.seed"
 TEACHER = "models.teacher_checkpoint"
 FINGERPRINT = "data.fingerprint"
@@ -109,7 +112,7 @@ class Method:
     @property
     def networks(self) -> list[str]:
         """Students first."""
-        return sorted(self.runs[0].results, key=lambda name: (name == "teacher", name))
+        return students_first(self.runs[0].results)
 
     def values(self, network: str, metric: str, kind: str = "raw") -> np.ndarray:
         """Return a metric of each run.
@@ -170,8 +173,7 @@ class Comparison:
     @property
     def networks(self) -> list[str]:
         """Those of any method, students first."""
-        names = {name for method in self.methods for name in method.networks}
-        return sorted(names, key=lambda name: (name == "teacher", name))
+        return students_first({name for method in self.methods for name in method.networks})
 
     @property
     def students(self) -> list[str]:
@@ -269,8 +271,7 @@ def method_labels(identities: Sequence[Mapping[str, Any]]) -> list[str]:
         return []
     differing = [list(_differing(own, identities)) for own in identities]
     keys = sorted({key for own in differing for key in own})
-    short = [_short(key) for key in keys]
-    shown = {key: name if short.count(name) == 1 else key for key, name in zip(keys, short, strict=True)}
+    shown = short_names(keys)
     if len(keys) > 1:
         shown["objective.name"] = ""  # the name speaks for itself
     parts = []
@@ -291,34 +292,24 @@ def _differing(own: Mapping[str, Any], identities: Sequence[Mapping[str, Any]]) 
             yield key
 
 
-def _short(key: str) -> str:
-    section, _, name = key.rpartition(".")
-    return section if key == "objective.name" else name
-
-
 def _value(value: Any) -> str:
     match value:
-        case bool() | None:
-            return str(value).lower()
-        case float():
-            return f"{value:.4g}"
+        case None:
+            return "none"
         case str():
             return PurePath(value).name or value
         case list() | tuple():
             return f"[{','.join(map(_value, value))}]"
-    return str(value)
+    return value_text(value)
 
 
 def pooled(confidence: np.ndarray, correct: np.ndarray) -> NetworkDiagnosis:
     """Return the reliability diagram of (N,) samples, in the bins of :class:`bdkd_dist.metrics.CalibrationState`."""
     bin_of = bins(confidence)
     count, right, sure = (np.bincount(bin_of, w, NUM_BINS) for w in (None, correct, confidence))
-    with np.errstate(invalid="ignore"):  # an empty bin has neither accuracy nor confidence
-        accuracy, mean = right / count, sure / count
-        top1, ece = correct.sum() / np.float64(len(bin_of)), np.abs(sure - right).sum() / np.float64(len(bin_of))
-    edges = tuple(b / NUM_BINS for b in range(NUM_BINS + 1))
-    reliability = Reliability(edges, tuple(count.tolist()), tuple(accuracy.tolist()), tuple(mean.tolist()))
-    return NetworkDiagnosis({"top1": float(top1), "ece": float(ece)}, reliability)
+    total = len(bin_of) or math.nan
+    metrics = {"top1": float(correct.sum()) / total, "ece": float(np.abs(sure - right).sum()) / total}
+    return NetworkDiagnosis(metrics, Reliability.of(*map(torch.from_numpy, (count, right, sure))))
 
 
 def _by_class(run: Run, said: Said) -> tuple[np.ndarray, np.ndarray]:

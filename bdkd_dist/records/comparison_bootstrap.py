@@ -5,9 +5,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from bdkd_dist.metrics.bins import NUM_BINS, bin_edges
+
 DIFFERENCES = ("top1", "nll", "ece")
 """What the bootstrap tells the methods apart by."""
-NUM_BINS = 15
 RESAMPLES = 2000
 INTERVAL = (0.025, 0.975)
 CHUNK_ELEMENTS = 2**20  # weights of 8 MiB at a time
@@ -93,4 +94,4 @@ def _weights(rng: np.random.Generator, rows: int, count: int) -> np.ndarray:
 
 def bins(confidence: np.ndarray) -> np.ndarray:
     """Return the bin (edge_b, edge_b+1] of each confidence."""
-    return np.searchsorted([b / NUM_BINS for b in range(1, NUM_BINS)], confidence)
+    return np.searchsorted(bin_edges(NUM_BINS)[1:-1], confidence)

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 
 from bdkd_dist.files import atomic_write
 from bdkd_dist.records.comparison import Comparison, Method
-from bdkd_dist.records.figures import FAINT, INK, PNG_DPI, reliability_figure
-from bdkd_dist.records.shift import COLOURS, MARKERS
+from bdkd_dist.records.figures import COLOURS, INK, MARKERS, PNG_DPI, new_figure, reliability_figure, style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,15 +32,13 @@ def accuracy_ece_figure(comparison: Comparison) -> "Figure":
     Returns:
         The figure, 4.3 inches wide a panel, 100 dots per inch; the legend stands below.
     """
-    from matplotlib.figure import Figure
-
     networks = comparison.networks
     names = [named(method) for method in comparison.methods]
     width_in = (PANEL_IN + MARGIN_IN) * len(networks)
     columns = 1 if max(map(len, names)) > 14 * width_in / 2 else 2  # about 14 letters an inch
     legend_in = LINE_IN * -(-len(names) // columns) + 0.15
     height_in = TITLE_IN + PANEL_IN + AXIS_IN + legend_in
-    figure = Figure(figsize=(width_in, height_in), dpi=100, facecolor="white")
+    figure = new_figure(width_in, height_in)
     for number, network in enumerate(networks):
         left_in = number * (PANEL_IN + MARGIN_IN) + MARGIN_IN - 0.1
         place = (left_in / width_in, (legend_in + AXIS_IN) / height_in, PANEL_IN / width_in, PANEL_IN / height_in)
@@ -49,7 +46,7 @@ def accuracy_ece_figure(comparison: Comparison) -> "Figure":
         for order, method in enumerate(comparison.methods):
             if network in method.networks:
                 _draw_method(axes, method, network, order)
-        _style(axes, network, first=number == 0)
+        _finish_panel(axes, network, first=number == 0)
     handles, labels = _handles(names)
     figure.legend(
         handles,
@@ -127,7 +124,7 @@ def _draw_method(axes: "Axes", method: Method, network: str, order: int) -> None
     )
 
 
-def _style(axes: "Axes", network: str, first: bool) -> None:
+def _finish_panel(axes: "Axes", network: str, first: bool) -> None:
     axes.margins(0.12)
     axes.set_xlim(*_limits(axes.get_xlim()))
     axes.set_ylim(*_limits(axes.get_ylim()))
@@ -135,11 +132,7 @@ def _style(axes: "Axes", network: str, first: bool) -> None:
     axes.set_xlabel("top-1 accuracy (%), higher is better", color=INK, fontsize=9)
     if first:
         axes.set_ylabel("ECE (%), lower is better", color=INK, fontsize=9)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(FAINT)
-    axes.tick_params(labelsize=8, colors=INK, color=FAINT, length=3)
-    axes.grid(color="#E4E4E4", linewidth=0.6)
-    axes.set_axisbelow(True)
+    style(axes, grid="both")
 
 
 def _limits(of_data: tuple[float, float]) -> tuple[float, float]:

@@ -1,17 +1,15 @@
 """What is kept of a comparison: a page, pictures and Parquet files; and the table that a terminal shows."""
 
 import io
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich import box
 from rich.table import Table
 
 from bdkd_dist.files import atomic_write
-from bdkd_dist.records.comparison import METRICS, Comparison, Method
+from bdkd_dist.records.comparison import Comparison, Method
 from bdkd_dist.records.comparison_bootstrap import DIFFERENCES, RESAMPLES, Difference
 from bdkd_dist.records.comparison_figures import (
     accuracy_ece_figure,
@@ -21,6 +19,8 @@ from bdkd_dist.records.comparison_figures import (
 )
 from bdkd_dist.records.figures import save_png
 from bdkd_dist.records.page import Page
+from bdkd_dist.records.printing import titled_table
+from bdkd_dist.records.wording import METRICS, fixed, metric_head, metric_text, percent
 
 PAGE, SCATTER, DIAGRAMS, RUNS, METHODS = (
     "report.html",
@@ -32,8 +32,6 @@ PAGE, SCATTER, DIAGRAMS, RUNS, METHODS = (
 MADE_BY = {b"made_by": b"bdkd compare"}
 """Stands in the metadata of the Parquet files: a folder whose ``runs.parquet`` says so may be written anew."""
 KINDS = ("raw", "temperature_scaled", "vector_scaled")
-HEADS = {"top1": "top-1 %", "ece": "ECE %", "adaece": "AdaECE %", "nll": "NLL", "brier": "Brier"}
-PERCENT = ("top1", "ece", "adaece")
 LABEL_WIDTH = 20
 """Columns of a terminal that a method's label takes before it wraps."""
 
@@ -70,13 +68,8 @@ def methods_table(comparison: Comparison) -> Table:
 
     Top-1 and ECE are percentages, NLL is in nats; ``–`` where a figure does not exist.
     """
-    table = Table(
-        title=f"test, {_counted(comparison)}",
-        title_justify="left",
-        title_style="bold",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-    )
+    table = titled_table(f"test, {_counted(comparison)}")
+    table.padding = (0, 1, 0, 0)
     table.add_column("method", max_width=LABEL_WIDTH, overflow="fold")
     table.add_column("network", no_wrap=True)
     for column in ("runs", "top-1 %", "ECE %", "ECE %\nT-scaled", "NLL"):
@@ -120,9 +113,8 @@ def page(comparison: Comparison) -> Page:
 
 def spread(values: np.ndarray, metric: str) -> str:
     """Return mean ± standard deviation over runs (ddof 1), the mean alone of a single run, ``–`` where it is nan."""
-    percent = metric in PERCENT
-    mean = _number(values.mean(), percent)
-    return mean if len(values) == 1 or mean == "–" else f"{mean} ± {_number(values.std(ddof=1), percent)}"
+    mean = metric_text(values.mean(), metric)
+    return mean if len(values) == 1 or mean == "–" else f"{mean} ± {metric_text(values.std(ddof=1), metric)}"
 
 
 def run_rows(comparison: Comparison) -> list[dict[str, Any]]:
@@ -188,7 +180,7 @@ def _measured(made: Page, comparison: Comparison) -> None:
             for network in comparison.networks
             for method in comparison.having(network)
         ]
-        columns = ["method", "network", "runs", *(HEADS[metric] for metric in METRICS), *(["T"] if scaled else [])]
+        columns = ["method", "network", "runs", *map(metric_head, METRICS), *(["T"] if scaled else [])]
         made.table(columns, rows, caption)
 
 
@@ -220,7 +212,7 @@ def _differences(made: Page, comparison: Comparison) -> None:
     ]
     if rows:
         made.table(
-            ("method", "network", *(f"Δ {HEADS[metric]}" for metric in DIFFERENCES)),
+            ("method", "network", *(f"Δ {metric_head(metric)}" for metric in DIFFERENCES)),
             rows,
             f"Method less {first.key} [95 % interval], as trained; top-1 and ECE in percentage points. "
             "* the interval leaves 0 out.",
@@ -258,7 +250,7 @@ def _classes(made: Page, comparison: Comparison, student: str) -> None:
     same = all(map(comparison.same_images, methods))
     measured = [values for method in methods for values in method.by_class(student)]
     rows = [
-        [name, f"{images[number]:,}" if same else "–", *(_number(values[number], percent=True) for values in measured)]
+        [name, f"{images[number]:,}" if same else "–", *(percent(values[number]) for values in measured)]
         for number, name in enumerate(run.class_names)
     ]
     columns = [f"{method.key} {what} %" for method in methods for what in ("accuracy", "confidence")]
@@ -287,21 +279,13 @@ def _runs(made: Page, comparison: Comparison) -> None:
 
 def _spread_of_temperature(method: Method, network: str) -> str:
     values = method.temperatures(network)
-    mean = _plain(values.mean(), 2)
-    return mean if len(values) == 1 else f"{mean} ± {_plain(values.std(ddof=1), 2)}"
+    mean = fixed(values.mean(), 2)
+    return mean if len(values) == 1 else f"{mean} ± {fixed(values.std(ddof=1), 2)}"
 
 
 def _difference(found: Difference, metric: str) -> str:
-    value, low, high = (_number(part, metric in PERCENT, sign="+") for part in (found.value, found.low, found.high))
-    return f"{value} [{low}, {high}]{' *' if found.is_clear else ''}"
-
-
-def _number(value: float, percent: bool, sign: str = "") -> str:
-    return _plain(100 * value, 2, sign) if percent else _plain(value, 4, sign)
-
-
-def _plain(value: float, decimals: int, sign: str = "") -> str:
-    return f"{value:{sign}.{decimals}f}".replace("-", "−") if math.isfinite(value) else "–"
+    value, low, high = (metric_text(part, metric, sign="+") for part in (found.value, found.low, found.high))
+    return f"{value} [{low}, {high}]{' *' if found.is_clear else ''}".replace("-", "−")
 
 
 def _counted(comparison: Comparison) -> str:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from bdkd_dist.records.figures import DASHES, FAINT, INK
+from bdkd_dist.records.figures import DASHES, INK, new_figure, style
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -32,8 +32,6 @@ def entropy_figure(student: torch.Tensor, teacher: torch.Tensor, name: str = "st
     Returns:
         The figure, 4.2 inches wide, 100 dots per inch.
     """
-    from matplotlib.figure import Figure
-
     step = max(1, -(-len(student) // POINTS))
     x, y = teacher[::step].numpy(), student[::step].numpy()
     shares = {
@@ -42,7 +40,7 @@ def entropy_figure(student: torch.Tensor, teacher: torch.Tensor, name: str = "st
     }
     top = 1.05 * max(0.1, float(np.max(x, initial=0)), float(np.max(y, initial=0)))
 
-    figure = Figure(figsize=(SIDE_IN, SIDE_IN), dpi=100, facecolor="white")
+    figure = new_figure(SIDE_IN, SIDE_IN)
     axes = figure.add_subplot()
     figure.subplots_adjust(left=0.14, right=0.97, bottom=0.11, top=0.84)
     for term, chosen, side in (("reverse", y > x, "less sure"), ("forward", y < x, "surer")):
@@ -54,9 +52,7 @@ def entropy_figure(student: torch.Tensor, teacher: torch.Tensor, name: str = "st
     axes.set_aspect("equal")
     axes.set_xlabel("teacher's entropy (nats)", color=INK, fontsize=9)
     axes.set_ylabel(f"{name}'s entropy (nats)", color=INK, fontsize=9)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(FAINT)
-    axes.tick_params(labelsize=8, colors=INK, color=FAINT, length=3)
+    style(axes)
     axes.text(0, 1.14, f"{name} against its teacher", transform=axes.transAxes, fontsize=11, color=INK, weight="bold")
     legend: dict[str, Any] = {
         "loc": "lower left",

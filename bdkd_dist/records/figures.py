@@ -1,9 +1,9 @@
-"""Figures, drawn without pyplot: no global state, no display."""
+"""What all figures share, drawn without pyplot (no global state, no display), and reliability diagrams."""
 
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -14,19 +14,48 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's palette: told apart with every common kind of colour vision; the hatches serve print.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+"""Okabe and Ito's palette: told apart with every common kind of colour vision."""
+MARKERS = "osD^vP"
+"""Tell lines and points apart in print."""
+INK, FAINT, PALEST = "#222222", "#8A8A8A", "#E4E4E4"
+DASHES = (0, (4, 3))
+PNG_DPI = 160
+
+# Of the same palette; the hatches serve print.
 BARS: dict[str, dict[str, Any]] = {
     "accuracy": {"facecolor": "#56B4E9", "edgecolor": "white", "linewidth": 0.6},
     "over-confident": {"facecolor": "#F7DFCC", "edgecolor": "#D55E00", "linewidth": 0.7, "hatch": "////"},
     "under-confident": {"facecolor": "#CCECE3", "edgecolor": "#009E73", "linewidth": 0.7, "hatch": "\\\\\\\\"},
 }
-INK, FAINT = "#222222", "#8A8A8A"
 TICKS = range(0, 101, 20)
-DASHES = (0, (4, 3))
 RARE_PERCENT, RARE_ALPHA = 0.5, 0.35
 """Bins with a smaller share of the samples are pale: their height is mostly chance."""
-PNG_DPI = 160
 PANEL_WIDTH_IN, HEIGHT_IN = 3.3, 4.7
+
+
+def new_figure(width_in: float, height_in: float) -> "Figure":
+    """Return a figure without axes, white, 100 dots per inch."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width_in, height_in), dpi=100, facecolor="white")
+
+
+def style(axes: "Axes", grid: Literal["both", "x", "y"] | None = None) -> None:
+    """Give axes the looks that all figures share, and ``grid``'s ticks their lines."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(FAINT)
+    axes.tick_params(labelsize=8, colors=INK, color=FAINT, length=3)
+    axes.set_axisbelow(True)
+    if grid is not None:
+        axes.grid(axis=grid, color=PALEST, linewidth=0.6)
+
+
+def save_png(figure: "Figure", path: Path) -> None:
+    """Write a figure as PNG, whole or not at all."""
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=PNG_DPI)
+    atomic_write(path, content.getvalue())
 
 
 def reliability_figure(networks: Mapping[str, NetworkDiagnosis]) -> "Figure":
@@ -40,10 +69,8 @@ def reliability_figure(networks: Mapping[str, NetworkDiagnosis]) -> "Figure":
     Returns:
         The figure, 3.3 inches wide per network, 100 dots per inch.
     """
-    from matplotlib.figure import Figure
-
     width_in = PANEL_WIDTH_IN * len(networks)
-    figure = Figure(figsize=(width_in, HEIGHT_IN), dpi=100, facecolor="white")
+    figure = new_figure(width_in, HEIGHT_IN)
     grid = figure.add_gridspec(
         2,
         len(networks),
@@ -68,13 +95,6 @@ def reliability_figure(networks: Mapping[str, NetworkDiagnosis]) -> "Figure":
     return figure
 
 
-def save_png(figure: "Figure", path: Path) -> None:
-    """Write a figure as PNG, whole or not at all."""
-    content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=PNG_DPI)
-    atomic_write(path, content.getvalue())
-
-
 def _draw_bins(axes: "Axes", diagnosis: NetworkDiagnosis) -> None:
     left, width = _bins(diagnosis)
     accuracy = 100 * np.array(diagnosis.reliability.accuracy)
@@ -87,7 +107,7 @@ def _draw_bins(axes: "Axes", diagnosis: NetworkDiagnosis) -> None:
             height = (confidence - accuracy)[here]
             axes.bar(left[here], height, width[here], accuracy[here], align="edge", alpha=alpha, **BARS[label])
     axes.plot([0, 100], [0, 100], color=INK, linewidth=1, linestyle=DASHES)
-    _style(axes, x_ticks=(), y_ticks=TICKS)
+    _set_ticks(axes, x_ticks=(), y_ticks=TICKS)
     axes.set_ylim(0, 100)
 
 
@@ -116,7 +136,7 @@ def _draw_shares(axes: "Axes", diagnosis: NetworkDiagnosis) -> None:
     shares = _shares(diagnosis)
     axes.bar(left, shares, width, align="edge", color=FAINT, edgecolor="white", linewidth=0.6)
     top = next((limit for limit in (10, 20, 50) if shares.max() <= limit), 100)
-    _style(axes, x_ticks=TICKS, y_ticks=(0, top // 2, top))
+    _set_ticks(axes, x_ticks=TICKS, y_ticks=(0, top // 2, top))
     axes.set_ylim(0, top)
     axes.set_xlabel("confidence (%)", color=INK, fontsize=9)
 
@@ -137,12 +157,8 @@ def _title(axes: "Axes", name: str, metrics: Mapping[str, float]) -> None:
     axes.text(0, 1.03, figures, transform=axes.transAxes, fontsize=9, color=INK)
 
 
-def _style(axes: "Axes", x_ticks: Sequence[int], y_ticks: Sequence[int]) -> None:
+def _set_ticks(axes: "Axes", x_ticks: Sequence[int], y_ticks: Sequence[int]) -> None:
     axes.set_xticks(x_ticks)
     axes.set_yticks(y_ticks)
     axes.set_xlim(0, 100)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(FAINT)
-    axes.tick_params(labelsize=8, colors=INK, color=FAINT, length=3)
-    axes.grid(axis="y", color="#E4E4E4", linewidth=0.6)
-    axes.set_axisbelow(True)
+    style(axes, grid="y")

@@ -13,7 +13,7 @@ from bdkd_dist.records.growing_file import GrowingFile
 class MetricLines:
     """Writes ``<run>/metrics.jsonl``.
 
-    A line is ``{"step", "epoch", "train": {tag: value}}`` or ``{"step", "epoch", "<split>": {network: metrics}}``.
+    A line is ``{"step", "epoch", "train": {tag: value}}`` or ``{"step", "epoch", "validation": {network: metrics}}``.
     Floats are written so that they read back exactly; nan and infinities, which JSON lacks, as null.
 
     Args:
@@ -40,7 +40,7 @@ class MetricLines:
     def evaluated(self, log: EvalLog) -> None:
         """See :meth:`Observer.evaluated`."""
         networks = {name: diagnosis.metrics for name, diagnosis in log.networks.items()}
-        self._write({"step": log.step, "epoch": log.epoch, log.split: networks})
+        self._write({"step": log.step, "epoch": log.epoch, "validation": networks})
 
     def flush(self) -> None:
         """See :meth:`Observer.flush`."""

@@ -8,23 +8,24 @@ from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 from rich.text import Text
 
-from bdkd_dist.engine.observer import EvalLog, StepLog
+from bdkd_dist.engine.observer import EvalLog, Observer, StepLog
+from bdkd_dist.records.printing import print_line
 
 PLAIN_EVERY_S = 10.0
 """Plain lines about steps come at most this often; evaluations always have one."""
 
 
-class Progress:
+class Progress(Observer):
     """Shows epoch, speed, losses, the last validation and the time left.
 
     Args:
         epochs: Of the whole run.
-        console: Where to; standard output by default.
+        console: Where to.
     """
 
-    def __init__(self, epochs: int, console: Console | None = None):
+    def __init__(self, epochs: int, console: Console):
         self.epochs = epochs
-        self.console = console or Console()
+        self.console = console
         self._live: Live | None = None
         self._next_line_s = 0.0
         self._losses = self._evaluation = ""
@@ -58,23 +59,19 @@ class Progress:
             self._live.update(self._shown())
         elif time.monotonic() >= self._next_line_s:
             self._next_line_s = time.monotonic() + PLAIN_EVERY_S
-            self._line(f"{epoch}  step {log.step}/{log.total_steps}  {self._losses}  {speed}")
+            print_line(self.console, f"{epoch}  step {log.step}/{log.total_steps}  {self._losses}  {speed}")
 
     def evaluated(self, log: EvalLog) -> None:
         """See :meth:`Observer.evaluated`."""
-        split = {"validation": "val"}.get(log.split, log.split)
         parts = [
             f"{network} top-1 {diagnosis.metrics['top1']:.1%} ECE {diagnosis.metrics['ece']:.1%}".replace("%", " %")
             for network, diagnosis in sorted(log.networks.items())
         ]
         if self._live is not None:
-            self._evaluation = f"{split} {parts[0]}"  # the student's: it comes first by name
+            self._evaluation = f"val {parts[0]}"  # the student's: it comes first by name
             self._live.update(self._shown())
         else:
-            self._line("  ".join([f"epoch {log.epoch}/{self.epochs}", split, *parts]))
-
-    def flush(self) -> None:
-        """See :meth:`Observer.flush`."""
+            print_line(self.console, "  ".join([f"epoch {log.epoch}/{self.epochs}  val", *parts]))
 
     def close(self) -> None:
         """See :meth:`Observer.close`; the bar stays as it last stood and the terminal is as before."""
@@ -85,9 +82,6 @@ class Progress:
     def _shown(self) -> Group:
         details = "   ".join(filter(None, (self._losses, self._evaluation)))
         return Group(self._bar, Text(details, style="dim", no_wrap=True, overflow="ellipsis"))
-
-    def _line(self, text: str) -> None:
-        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def duration(seconds: float) -> str:

@@ -1,20 +1,18 @@
 """A run's results: accuracy and calibration of every network, raw and temperature-scaled, as JSON and as a table."""
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
-from rich import box
 from rich.table import Table
 
 from bdkd_dist.files import atomic_write, json_text, with_nan
+from bdkd_dist.records.printing import titled_table
+from bdkd_dist.records.wording import METRICS, fixed, metric_head, metric_text
 
 SPLITS = ("validation", "test")
 SCALINGS = {"T-scaled": "temperature_scaled", "V-scaled": "vector_scaled"}
 """Post-hoc baselines, fitted on validation: one temperature, a scale and a bias per class (Guo et al., 2017)."""
-PERCENT = {"top-1 %": "top1", "ECE %": "ece", "AdaECE %": "adaece"}
-PLAIN = {"NLL": "nll", "Brier": "brier"}
 
 
 def write_results(path: Path, results: dict[str, Any]) -> None:
@@ -38,32 +36,19 @@ def results_table(results: dict[str, Any], split: str = "test") -> Table:
 
     Top-1, ECE and AdaECE are percentages, NLL is in nats, Brier in [0, 2]; ``–`` where a figure does not exist.
     """
-    table = Table(
-        title=f"{split}, after {results['epochs']} epochs",
-        title_justify="left",
-        title_style="bold",
-        box=box.SIMPLE_HEAD,
-    )
-    for column in ("network", "", *PERCENT, *PLAIN, "T"):
-        table.add_column(column, justify="left" if column in ("network", "") else "right", no_wrap=True)
+    title = f"{split}, after {results['epochs']} epochs"
+    table = titled_table(title, ("network", ""), (*map(metric_head, METRICS), "T"))
     for network in sorted(results[split], key=lambda name: (name != "teacher", name)):
         of_network = results[split][network]
-        table.add_row(network, "raw", *_cells(of_network["raw"]), _number(1.0, 2))
+        table.add_row(network, "raw", *_cells(of_network["raw"]), "1.00")
         for label, key in SCALINGS.items():
             if not isinstance(of_network.get(key), dict):  # written by an earlier version, or too many classes
                 continue
-            temperature = _number(of_network["temperature"], 2) if key == "temperature_scaled" else ""
+            temperature = fixed(of_network["temperature"], 2) if key == "temperature_scaled" else ""
             table.add_row("", label, *_cells(of_network[key]), temperature)
         table.add_section()
     return table
 
 
 def _cells(metrics: dict[str, float]) -> list[str]:
-    return [
-        *(_number(100 * metrics[key], 2) for key in PERCENT.values()),
-        *(_number(metrics[key], 4) for key in PLAIN.values()),
-    ]
-
-
-def _number(value: float, decimals: int) -> str:
-    return f"{value:.{decimals}f}" if math.isfinite(value) else "–"
+    return [metric_text(metrics[metric], metric) for metric in METRICS]

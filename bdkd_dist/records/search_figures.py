@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bdkd_dist.metrics.goals import Goal
-from bdkd_dist.records.figures import DASHES, FAINT, INK
-from bdkd_dist.records.search_tables import LABELS, chosen, network
-from bdkd_dist.records.shift import COLOURS
+from bdkd_dist.records.figures import COLOURS, DASHES, FAINT, INK, new_figure, style
+from bdkd_dist.records.search_tables import chosen, network
 from bdkd_dist.records.trials import Status, Trial
+from bdkd_dist.records.wording import label
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,12 +35,10 @@ def pareto_figure(trials: Sequence[Trial], goal: Goal) -> "Figure":
     Returns:
         The figure, 6.4 × 5.4 inches, 100 dots per inch.
     """
-    from matplotlib.figure import Figure
-
     points = _points(trials, goal)
     best = [trial for trial in chosen(trials, goal) if trial.number in points]
     line = pareto_front(trials, goal)
-    figure = Figure(figsize=(6.4, 5.4), dpi=100, facecolor="white")
+    figure = new_figure(6.4, 5.4)
     axes = figure.add_axes((0.105, 0.225, 0.87, 0.75))
     _set_frame(axes, trials, goal, points, [*best, *line])
     _draw_front(axes, goal, [points[trial.number] for trial in line])
@@ -49,8 +47,7 @@ def pareto_figure(trials: Sequence[Trial], goal: Goal) -> "Figure":
             draw_point(axes, points[trial.number], trial.status, trial in best)
     _label_points(axes, best, points)
     _draw_bounds(axes, goal)
-    style(axes)
-    axes.grid(color="#E4E4E4", linewidth=0.6)
+    style(axes, grid="both")
     axes.set_xlabel(f"{network(goal)} top-1 accuracy on validation (%), higher is better", color=INK, fontsize=9)
     axes.set_ylabel("ECE (%), lower is better", color=INK, fontsize=9)
     _pareto_legend(figure, axes, trials, points, bounded=any(_bounds(goal)))
@@ -63,11 +60,10 @@ def curves_figure(trials: Sequence[Trial], goal: Goal) -> "Figure":
     Returns:
         The figure, 8.8 × 3.9 inches, 100 dots per inch.
     """
-    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     strong = chosen(trials, goal)[: len(TRACES)]
-    figure = Figure(figsize=(8.8, 3.9), dpi=100, facecolor="white")
+    figure = new_figure(8.8, 3.9)
     for column, metric in enumerate(("top1", "ece")):
         axes = figure.add_axes((0.065 + 0.5 * column, 0.245, 0.42, 0.69))
         name = f"{network(goal)}/{metric}"
@@ -76,13 +72,12 @@ def curves_figure(trials: Sequence[Trial], goal: Goal) -> "Figure":
                 _draw_curve(axes, trial, name, PALE, zorder=2)
         for order, trial in enumerate(strong):
             _draw_curve(axes, trial, name, TRACES[order], zorder=4 - order / 10)
-        style(axes)
-        axes.grid(axis="y", color="#E4E4E4", linewidth=0.6)
+        style(axes, grid="y")
         drawn = [100 * report.metrics.get(name, np.nan) for trial in trials for report in trial.reports]
         kept = [100 * report.metrics.get(name, np.nan) for trial in strong for report in trial.reports]
         axes.set_ylim(*frame(drawn, kept))
         axes.set_xlabel("epochs trained", color=INK, fontsize=9)
-        axes.set_title(f"{network(goal)} {LABELS[metric]} (%)", loc="left", fontsize=9.5, color=INK, fontweight="bold")
+        axes.set_title(label(name, unit=" (%)"), loc="left", fontsize=9.5, color=INK, fontweight="bold")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     _curves_legend(figure, trials, strong)
     return figure
@@ -123,14 +118,6 @@ def draw_point(axes: "Axes", point: tuple[float, float], status: Status, is_chos
         looks = {"s": 24, "facecolors": "none", "edgecolors": FAINT, "linewidths": 0.9, "zorder": 2}
     (x, y), marker = _at_edge(axes, *point)
     axes.scatter(x, y, marker=marker, clip_on=marker == "o", **looks)
-
-
-def style(axes: "Axes") -> None:
-    """Give axes the looks that all figures share."""
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(FAINT)
-    axes.tick_params(labelsize=8, colors=INK, color=FAINT, length=3)
-    axes.set_axisbelow(True)
 
 
 def _points(trials: Sequence[Trial], goal: Goal) -> dict[int, tuple[float, float]]:
@@ -247,8 +234,8 @@ def _pareto_legend(
         handles.append(Line2D([], [], color=COLOURS[3], linewidth=1.2, linestyle=DASHES, label="constraint"))
     if beyond := sum(_at_edge(axes, *point)[1] != "o" for point in points.values()):
         dot["marker"] = "<"
-        label = f"{beyond} beyond the edge"
-        handles.append(Line2D([], [], **dot, markersize=5, markerfacecolor="none", markeredgecolor=FAINT, label=label))
+        text = f"{beyond} beyond the edge"
+        handles.append(Line2D([], [], **dot, markersize=5, markerfacecolor="none", markeredgecolor=FAINT, label=text))
     if failed := sum(trial.status == "failed" for trial in trials):
         handles.append(Line2D([], [], linestyle="", label=f"not drawn: {failed} failed"))
     figure.legend(handles=handles, loc="lower center", ncols=2, fontsize=8, frameon=False, labelcolor=INK)

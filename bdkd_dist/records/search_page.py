@@ -1,6 +1,5 @@
 """A search as a page: what was chosen, why, what was tried and what it cost."""
 
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,23 +18,20 @@ from bdkd_dist.records.search_tables import (
     goal_text,
     heads,
     network,
-    number,
     of_test,
     ranked,
-    said,
-    short_names,
     value_spans,
     varied,
 )
 from bdkd_dist.records.search_values_figures import LEAST_TRIALS, score_name, slice_figure
 from bdkd_dist.records.trials import Trial
+from bdkd_dist.records.wording import METRICS, metric_head, metric_text, short_names, value_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PER_ROW = 3
 """Reliability diagrams side by side."""
-METRICS = {"top1": "top-1 %", "ece": "ECE %", "adaece": "AdaECE %", "nll": "NLL", "brier": "Brier"}
 
 
 @dataclass(frozen=True)
@@ -115,13 +111,13 @@ def _lead(trials: Sequence[Trial], recipe: Recipe) -> str:
 
 def _counted(trials: Sequence[Trial]) -> str:
     counts = Counter[str](trial.status for trial in trials)
-    said = {
+    words = {
         "finished": "trained to the end",
         "stopped": "stopped early",
         "running": "not at its end",
         "failed": "failed",
     }
-    parts = [f"{counts[status]} {what}" for status, what in said.items() if counts[status]]
+    parts = [f"{counts[status]} {what}" for status, what in words.items() if counts[status]]
     return f"{len(trials)} trial{'s' * (len(trials) != 1)}: {', '.join(parts)}"
 
 
@@ -154,7 +150,7 @@ def _chosen(
         "What was tried in the chosen trials." if len(best) > 1 else "What was tried in the chosen trial.",
     )
     page.table(
-        ("trial", "network", "split", *METRICS.values(), "T"),
+        ("trial", "network", "split", *map(metric_head, METRICS), "T"),
         [row for trial in best for row in _figure_rows(trial, goal, results.get(trial.number), every=len(best) == 1)],
         "T is the temperature that logits are divided by, fitted on validation.",
     )
@@ -191,7 +187,7 @@ def _figure_rows(trial: Trial, goal: Goal, results: Mapping[str, Any] | None, ev
     others = sorted({name.partition("/")[0] for name in trial.metrics} - {own}) if every else []
     rows = []
     for name in (own, *others):
-        seen = {metric: trial.metrics.get(f"{name}/{metric}", math.nan) for metric in METRICS}
+        seen = {metric: trial.metrics.get(f"{name}/{metric}") for metric in METRICS}
         rows.append([str(trial.number), name, "validation", *_numbers(seen), "1.00"])
         if results is not None and name in results["test"]:
             test = results["test"][name]
@@ -210,7 +206,7 @@ def _schedule(page: Page, trial: Trial) -> None:
     page.table(
         ("from epoch", "to", *names.values()),
         [
-            [str(first), str(last), *(said(values[key]) if key in values else "–" for key in keys)]
+            [str(first), str(last), *(value_text(values[key]) if key in values else "–" for key in keys)]
             for first, last, values in spans
         ],
         f"Trial {trial.number}: its values changed while it trained. A recipe holds the last ones only.",
@@ -333,14 +329,14 @@ def _all_trials(page: Page, trials: Sequence[Trial], goal: Goal, results: Mappin
     keys, own = varied(trials), network(goal)
     shown = {name: head.removeprefix(f"{own} ") for name, head in heads(goal).items()}
     tests = {trial: of_test(measured) for trial, measured in results.items()}
-    test_heads = {f"{own}/top1": "test top-1 %", f"{own}/ece": "test ECE %", f"{own}/nll": "test NLL"} if tests else {}
+    test_heads = {f"{own}/{of}": f"test {metric_head(of)}" for of in ("top1", "ece", "nll")} if tests else {}
     rows = [
         [
             str(trial.number),
             "chosen" if trial.number in best else trial.status,
             str(epochs(trial)),
-            *(number(trial.metrics, name, unit="") for name in shown),
-            *(number(tests.get(trial.number, {}), name, unit="") for name in test_heads),
+            *(metric_text(trial.metrics.get(name), name) for name in shown),
+            *(metric_text(tests.get(trial.number, {}).get(name), name) for name in test_heads),
             *(_cell(trial, key) for key in keys),
             f"{trial.wall_s / 60:.1f}",
         ]
@@ -365,11 +361,11 @@ def _failed(page: Page, trials: Sequence[Trial]) -> None:
 
 
 def _cell(trial: Trial, key: str) -> str:
-    return said(trial.values[key]) if key in trial.values else "–"
+    return value_text(trial.values[key]) if key in trial.values else "–"
 
 
-def _numbers(metrics: Mapping[str, float]) -> list[str]:
-    return [number(metrics, metric, unit="") for metric in METRICS]
+def _numbers(metrics: Mapping[str, float | None]) -> list[str]:
+    return [metric_text(metrics.get(metric), metric) for metric in METRICS]
 
 
 def _plural(count: int, what: str) -> str:

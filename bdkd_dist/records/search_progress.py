@@ -18,15 +18,12 @@ from bdkd_dist.records.search_tables import (
     epochs,
     figures,
     heads,
-    label,
     network,
-    number,
     ranked,
-    said,
-    short_names,
     varied,
 )
 from bdkd_dist.records.trials import Trial
+from bdkd_dist.records.wording import label, metric_text, short_names, value_text
 
 PLAIN_EVERY_S = 30.0
 """Plain lines about the whole search come at most this often; the end of a trial always has one."""
@@ -43,10 +40,10 @@ class SearchProgress:
     Args:
         console: Where to.
         goal: What trials are ranked by.
-        num_trials: How many there will be; None where that is open.
+        num_trials: How many there will be.
     """
 
-    def __init__(self, console: Console, goal: Goal, num_trials: int | None):
+    def __init__(self, console: Console, goal: Goal, num_trials: int):
         self.console, self.goal, self.num_trials = console, goal, num_trials
         self._began_s = time.monotonic()
         self._work_before_s: float | None = None
@@ -84,11 +81,11 @@ class SearchProgress:
     def remaining_s(self) -> float | None:
         """Guess the time left from the ended trials' mean length and the pace since this search began or went on.
 
-        None before there is ground: no trials have ended since, or how many there will be is open.
+        None before there is ground: no trials have ended since.
         """
         ended = [trial.wall_s for trial in self._trials if trial.status in ("finished", "stopped")]
         work_s = sum(trial.wall_s for trial in self._trials) - (self._work_before_s or 0.0)
-        if self.num_trials is None or len(ended) < GROUND or work_s <= 0:
+        if len(ended) < GROUND or work_s <= 0:
             return None
         mean_s = sum(ended) / len(ended)
         under_way = sum(max(0.0, mean_s - trial.wall_s) for trial in self._trials if trial.status == "running")
@@ -108,12 +105,10 @@ class SearchProgress:
     def _summary(self) -> str:
         counts = Counter(trial.status for trial in self._trials) | Counter(running=0)
         counts["running"] = self._running
-        of = f" of {self.num_trials}" if self.num_trials is not None else ""
         parts = [f"{counts[status]} {status}" for status in STATUSES if counts[status] or status == "running"]
-        plural = "s" * ((self.num_trials or len(self._trials)) != 1)
-        text = (
-            f"{len(self._trials)}{of} trial{plural}: {', '.join(parts)}  {duration(time.monotonic() - self._began_s)}"
-        )
+        plural = "s" * (self.num_trials != 1)
+        passed = duration(time.monotonic() - self._began_s)
+        text = f"{len(self._trials)} of {self.num_trials} trial{plural}: {', '.join(parts)}  {passed}"
         left_s = self.remaining_s()
         return f"{text}, {duration(left_s)} left" if left_s else text
 
@@ -123,15 +118,15 @@ class SearchProgress:
         table.add_column("", justify="right", no_wrap=True)
         table.add_column("tried", ratio=1, no_wrap=True, overflow="ellipsis")
         table.add_column("epoch", justify="right", no_wrap=True)
-        for name in shown:
-            table.add_column(label(name).removeprefix(f"{network(self.goal)} "), justify="right", no_wrap=True)
+        for head in shown.values():
+            table.add_column(head.removeprefix(f"{network(self.goal)} "), justify="right", no_wrap=True)
         table.add_column("status", no_wrap=True)
         for trial in [trial for trial in ranked(self._trials, self.goal) if trial.reports][:BEST]:
             table.add_row(
                 str(trial.number),
                 self._tried(trial),
                 str(epochs(trial)),
-                *(number(trial.metrics, name, unit="") for name in shown),
+                *(metric_text(trial.metrics.get(name), name) for name in shown),
                 trial.status,
                 style="bold" if trial in best else "",
             )
@@ -139,16 +134,17 @@ class SearchProgress:
 
     def _tried(self, trial: Trial) -> str:
         names = short_names(varied(self._trials))
-        return "  ".join(f"{names[key]} {said(value)}" for key, value in trial.values.items())
+        return "  ".join(f"{names[key]} {value_text(value)}" for key, value in trial.values.items())
 
     def _front(self) -> str:
         if not self.goal.is_pareto:
             return ""
         front = [
-            f"trial {trial.number} " + " / ".join(number(trial.metrics, name) for name in self.goal.names)
+            f"trial {trial.number} "
+            + " / ".join(metric_text(trial.metrics.get(name), name, unit=" %") for name in self.goal.names)
             for trial in chosen(self._trials, self.goal)
         ]
-        names = " / ".join(label(name).removesuffix(" %") for name in self.goal.names)
+        names = " / ".join(label(name, unit="") for name in self.goal.names)
         # Lines break between trials, not within one.
         return "   ".join(part.replace(" ", "\u00a0") for part in [f"front so far, {names}:", *front]) if front else ""
 
@@ -158,19 +154,16 @@ class SearchProgress:
                 self._ended.pop(trial.number, None)
             elif self._ended.get(trial.number) != trial.status:
                 self._ended[trial.number] = trial.status
-                self._line(self._ended_line(trial))
+                print_line(self.console, self._ended_line(trial))
         if time.monotonic() >= self._next_line_s:
             self._next_line_s = time.monotonic() + PLAIN_EVERY_S
             parts = [self._summary()]
             if best := chosen(self._trials, self.goal):
                 parts.append(f"best so far trial {best[0].number}: {figures(best[0].metrics, self.goal)}")
-            self._line("  ".join([*parts, *filter(None, [self._waiting])]))
+            print_line(self.console, "  ".join([*parts, *filter(None, [self._waiting])]))
 
     def _ended_line(self, trial: Trial) -> str:
         parts = [f"trial {trial.name} {trial.status}"]
         if trial.reports:
             parts += [f"epoch {epochs(trial)}", figures(trial.metrics, self.goal)]
         return "  ".join([*parts, *filter(None, [trial.reason])])
-
-    def _line(self, text: str) -> None:
-        print_line(self.console, text)

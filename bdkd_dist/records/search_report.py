@@ -15,10 +15,11 @@ from bdkd_dist.records.search_page import Drawn, SearchSummary, search_page
 from bdkd_dist.records.search_tables import best_yaml, chosen, of_test, write_trials
 from bdkd_dist.records.search_values_figures import importance_figure, parallel_figure
 from bdkd_dist.records.trials import Trial
+from bdkd_dist.records.wording import students_first
 
-__all__ = ["FILES", "SearchSummary", "write_report"]
+__all__ = ["BEST", "FILES", "PAGE", "SearchSummary", "write_report"]
 
-TRIALS, BEST, PAGE, PARETO, IMPORTANCE, PARALLEL = (
+TABLE, BEST, PAGE, PARETO, IMPORTANCE, PARALLEL = (
     "trials.parquet",
     "best.yaml",
     "report.html",
@@ -26,7 +27,7 @@ TRIALS, BEST, PAGE, PARETO, IMPORTANCE, PARALLEL = (
     "importance.png",
     "parallel.png",
 )
-FILES = (TRIALS, BEST, PARETO, IMPORTANCE, PARALLEL, PAGE)
+FILES = (TABLE, BEST, PARETO, IMPORTANCE, PARALLEL, PAGE)
 """What :func:`write_report` may leave: the recipe and the last two pictures only where there is ground for them."""
 DIAGRAMS = 6
 """Reliability diagrams at most, those of the best trials."""
@@ -55,8 +56,8 @@ def write_report(
         if (folder / "trials" / trial.name / "results.json").is_file()
     }
     diagrams = _diagrams(folder, best, recipe)
-    write_trials(folder / TRIALS, trials, {trial: of_test(measured) for trial, measured in results.items()})
-    made = {TRIALS, PAGE}
+    write_trials(folder / TABLE, trials, {trial: of_test(measured) for trial, measured in results.items()})
+    made = {TABLE, PAGE}
     if best:
         atomic_write(folder / BEST, best_yaml(recipe, best[0], goal).encode())
         made.add(BEST)
@@ -80,7 +81,7 @@ def _diagrams(folder: Path, best: Sequence[Trial], recipe: Recipe) -> dict[str, 
         if not predictions.is_file():
             continue
         run = Run.read(f"trials/{trial.name}", recipe, run_folder / "results.json", predictions)
-        for name in sorted(run.said, key=lambda name: (name == "teacher", name)):
+        for name in students_first(run.said):
             if (name != "teacher" or len(best) == 1) and len(diagrams) < DIAGRAMS:
                 diagrams[f"trial {trial.number}, {name}"] = pooled(run.said[name].confidence, run.said[name].correct)
     return diagrams

@@ -12,13 +12,10 @@ from bdkd_dist.config import Recipe
 from bdkd_dist.files import atomic_write
 from bdkd_dist.metrics.goals import Goal
 from bdkd_dist.records.trials import Trial
+from bdkd_dist.records.wording import label, metric_text, value_text
 
 if TYPE_CHECKING:
     import pyarrow as pa
-
-LABELS = {"top1": "top-1", "ece": "ECE", "nll": "NLL", "adaece": "AdaECE", "brier": "Brier"}
-PERCENT = ("top1", "top5", "ece", "adaece", "classwise_ece", "mce", "gap")
-"""Fractions that are shown as percentages."""
 
 
 def ranked(trials: Sequence[Trial], goal: Goal) -> list[Trial]:
@@ -60,33 +57,6 @@ def varied(trials: Sequence[Trial]) -> list[str]:
     return list(dict.fromkeys(key for trial in trials for key in trial.values))
 
 
-def short_names(keys: Sequence[str]) -> dict[str, str]:
-    """Return what each dotted key is called where it stands alone: its last part, if no other key ends so."""
-    last = [key.removesuffix(".name").rpartition(".")[2] for key in keys]
-    return {key: name if last.count(name) == 1 else key for key, name in zip(keys, last, strict=True)}
-
-
-def said(value: Any) -> str:
-    """Return a value as a person reads it: four digits of a float, lists in brackets."""
-    if isinstance(value, bool) or value is None:
-        return json.dumps(value)
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if isinstance(value, list | tuple):
-        return f"[{','.join(map(said, value))}]"
-    return str(value)
-
-
-def number(metrics: Mapping[str, float], name: str, decimals: int = 2, unit: str = " %") -> str:
-    """Return a metric as a person reads it: fractions in percent, others with two more decimals; ``–`` for none."""
-    value = metrics.get(name, math.nan)
-    if not math.isfinite(value):
-        return "–"
-    if name.rpartition("/")[2] in PERCENT:
-        return f"{100 * value:.{decimals}f}{unit}"
-    return f"{value:.{decimals + 2}f}"
-
-
 def heads(goal: Goal) -> dict[str, str]:
     """Return the metrics that are shown of a trial, with what stands above them.
 
@@ -100,14 +70,8 @@ def heads(goal: Goal) -> dict[str, str]:
 def figures(metrics: Mapping[str, float], goal: Goal) -> str:
     """Return what is shown of a trial in one line, e.g. ``student top-1 71.20 % ECE 1.20 % NLL 1.0120``."""
     own = network(goal)
-    said = " ".join(f"{head.removesuffix(' %')} {number(metrics, name)}" for name, head in heads(goal).items())
-    return f"{own} {said.replace(f'{own} ', '')}"
-
-
-def label(name: str) -> str:
-    """Return what a metric is called, e.g. ``student top-1 %``."""
-    of_network, _, metric = name.partition("/")
-    return f"{of_network} {LABELS.get(metric, metric)}{' %' * (metric in PERCENT)}"
+    parts = (f"{label(name, unit='')} {metric_text(metrics.get(name), name, unit=' %')}" for name in heads(goal))
+    return f"{own} {' '.join(parts).replace(f'{own} ', '')}"
 
 
 def of_test(results: Mapping[str, Any]) -> dict[str, float]:
@@ -130,7 +94,7 @@ def of_test(results: Mapping[str, Any]) -> dict[str, float]:
     return flat
 
 
-def write_trials(path: Path, trials: Sequence[Trial], tests: Mapping[int, Mapping[str, float]] | None = None) -> None:
+def write_trials(path: Path, trials: Sequence[Trial], tests: Mapping[int, Mapping[str, float]]) -> None:
     """Write the trials as Parquet, whole or not at all: a row each, by number.
 
     Columns: ``number``, ``name``, ``status``, ``reason``, ``wall_s``, ``device_s``, ``epochs`` (of the newest report);
@@ -158,7 +122,7 @@ def write_trials(path: Path, trials: Sequence[Trial], tests: Mapping[int, Mappin
     }
     columns |= {key: _values([trial.values.get(key) for trial in rows]) for key in varied(rows)}
     columns |= _metrics([trial.metrics for trial in rows])
-    columns |= _metrics([(tests or {}).get(trial.number, {}) for trial in rows], "test/")
+    columns |= _metrics([tests.get(trial.number, {}) for trial in rows], "test/")
     columns["reports"] = _reports(rows)
     content = io.BytesIO()
     pq.write_table(pa.table(columns), content, compression="zstd")
@@ -221,7 +185,7 @@ def _stands(trial: Trial, goal: Goal) -> bool:
 
 
 def _listed(values: Mapping[str, Any]) -> str:
-    return " ".join(f"{key}={said(value)}" for key, value in values.items()) or "as it began"
+    return " ".join(f"{key}={value_text(value)}" for key, value in values.items()) or "as it began"
 
 
 def _values(cells: Sequence[Any]) -> "pa.Array":

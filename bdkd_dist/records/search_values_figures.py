@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bdkd_dist.metrics.goals import SHORT, Goal
-from bdkd_dist.records.figures import FAINT, INK
-from bdkd_dist.records.search_figures import FINISHED, PALE, draw_point, frame, style
-from bdkd_dist.records.search_tables import LABELS, PERCENT, network, ranked, said, short_names, varied
+from bdkd_dist.records.figures import FAINT, INK, new_figure, style
+from bdkd_dist.records.search_figures import FINISHED, PALE, draw_point, frame
+from bdkd_dist.records.search_tables import network, ranked, varied
 from bdkd_dist.records.trials import Trial
+from bdkd_dist.records.wording import is_percent, label, short_names, value_text
 
 if TYPE_CHECKING:
     import optuna
@@ -46,16 +47,16 @@ class Scale:
     def of(cls, values: Sequence[Any]) -> "Scale":
         """Return the scale of all of a key's values; there is at least one."""
         numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
-        different = sorted(set(values)) if numbers else sorted(set(map(said, values)))
+        different = sorted(set(values)) if numbers else sorted(set(map(value_text, values)))
         if not numbers or (len(different) <= FEW and 2 * len(different) <= len(values)):
-            return cls(choices=tuple(map(said, different)))
+            return cls(choices=tuple(map(value_text, different)))
         low, high = float(different[0]), float(different[-1])
         return cls(low, high, is_log=low > 0 and high / low > DECADES)
 
     def at(self, value: Any) -> float:
         """Return the place of a value."""
         if self.choices is not None:
-            return (self.choices.index(said(value)) + 0.5) / len(self.choices)
+            return (self.choices.index(value_text(value)) + 0.5) / len(self.choices)
         low, high, own = map(math.log, (self.low, self.high, value)) if self.is_log else (self.low, self.high, value)
         return (own - low) / (high - low) if high > low else 0.5
 
@@ -63,7 +64,7 @@ class Scale:
         """Return places and what stands there."""
         if self.choices is not None:
             return [((n + 0.5) / len(self.choices), choice) for n, choice in enumerate(self.choices)]
-        return [(self.at(value), said(float(value))) for value in self._round_values()]
+        return [(self.at(value), value_text(float(value))) for value in self._round_values()]
 
     def _round_values(self) -> list[float]:
         from matplotlib.ticker import LogLocator, MaxNLocator
@@ -84,10 +85,8 @@ def parallel_figure(trials: Sequence[Trial], goal: Goal) -> "Figure | None":
     Returns:
         The figure, about an inch an axis wide, 100 dots per inch; None where nothing was varied or reported.
     """
-    from matplotlib.figure import Figure
-
     order = [trial for trial in ranked(trials, goal) if trial.reports and trial.status != "failed"]
-    keys = [key for key in varied(order) if len({said(trial.values.get(key)) for trial in order}) > 1]
+    keys = [key for key in varied(order) if len({value_text(trial.values.get(key)) for trial in order}) > 1]
     if not keys:
         return None
     names = short_names(keys)
@@ -95,7 +94,7 @@ def parallel_figure(trials: Sequence[Trial], goal: Goal) -> "Figure | None":
     axes_of |= {_metric_title(name): _metric_places(order, name, mode) for name, mode in _measured(goal).items()}
     ended = sum(trial.status == "finished" for trial in order)
 
-    figure = Figure(figsize=(max(6.4, AXIS_IN * len(axes_of) + 0.3), PARALLEL_IN), dpi=100, facecolor="white")
+    figure = new_figure(max(6.4, AXIS_IN * len(axes_of) + 0.3), PARALLEL_IN)
     axes = figure.add_axes((0, 0.16, 1, 0.71))
     axes.set_axis_off()
     axes.set_xlim(-0.62, len(axes_of) - 0.6)
@@ -119,17 +118,15 @@ def slice_figure(trials: Sequence[Trial], goal: Goal) -> "Figure | None":
     Returns:
         The figure, 2.1 inches a panel, 100 dots per inch; None where nothing was varied or reported.
     """
-    from matplotlib.figure import Figure
-
     drawn = [trial for trial in trials if trial.reports and trial.status != "failed"]
-    keys = [key for key in varied(drawn) if len({said(trial.values.get(key)) for trial in drawn}) > 1]
+    keys = [key for key in varied(drawn) if len({value_text(trial.values.get(key)) for trial in drawn}) > 1]
     if not keys:
         return None
     name, names = goal.names[0], short_names(keys)
     rows = -(-len(keys) // PER_ROW)
     columns = -(-len(keys) // rows)
     width_in, height_in = 0.8 + PANEL_IN * columns, 0.1 + (PANEL_IN + 0.15) * rows
-    figure = Figure(figsize=(width_in, height_in), dpi=100, facecolor="white")
+    figure = new_figure(width_in, height_in)
     for number, key in enumerate(keys):
         row, column = divmod(number, columns)
         left, bottom = 0.75 + PANEL_IN * column, height_in - (PANEL_IN + 0.15) * row - 1.8
@@ -141,7 +138,7 @@ def slice_figure(trials: Sequence[Trial], goal: Goal) -> "Figure | None":
         if column:
             axes.tick_params(labelleft=False)
         else:
-            axes.set_ylabel(f"{_title(name)}", color=INK, fontsize=8.5)
+            axes.set_ylabel(label(name, unit=" (%)"), color=INK, fontsize=8.5)
     return figure
 
 
@@ -156,21 +153,18 @@ def importance_figure(trials: Sequence[Trial], goal: Goal) -> "Figure | None":
         The figure, 6.4 inches wide, 100 dots per inch; None with fewer than :data:`LEAST_TRIALS` finished trials, or
         with fewer than two keys that all of them have and that differ.
     """
-    from matplotlib.figure import Figure
-
     shares = importances(trials, goal)
     if not shares:
         return None
     finished = sum(trial.status == "finished" for trial in trials)
     names = short_names(list(shares))
     height_in = 0.75 + 0.3 * len(shares)
-    figure = Figure(figsize=(6.4, height_in), dpi=100, facecolor="white")
+    figure = new_figure(6.4, height_in)
     axes = figure.add_axes((0.3, 0.58 / height_in, 0.62, 1 - 0.68 / height_in))
     bars = axes.barh([names[key] for key in shares], [100 * share for share in shares.values()], color=FINISHED)
     axes.bar_label(bars, [f" {100 * share:.0f} %" for share in shares.values()], fontsize=8, color=INK)
     axes.invert_yaxis()
-    style(axes)
-    axes.grid(axis="x", color="#E4E4E4", linewidth=0.6)
+    style(axes, grid="x")
     axes.tick_params(axis="y", length=0, labelsize=9)
     axes.set_xlim(0, 108 * max(shares.values()))
     score = score_name(goal)
@@ -194,7 +188,8 @@ def importances(trials: Sequence[Trial], goal: Goal) -> dict[str, float]:
     keys = [
         key
         for key in varied(finished)
-        if all(key in trial.values for trial in finished) and len({said(trial.values[key]) for trial in finished}) > 1
+        if all(key in trial.values for trial in finished)
+        and len({value_text(trial.values[key]) for trial in finished}) > 1
     ]
     if len(finished) < LEAST_TRIALS or len(keys) < 2:
         return {}
@@ -228,7 +223,7 @@ def _distribution(values: Sequence[Any]) -> "optuna.distributions.BaseDistributi
 def _param(value: Any, distribution: "optuna.distributions.BaseDistribution") -> Any:
     from optuna.distributions import CategoricalDistribution
 
-    return said(value) if isinstance(distribution, CategoricalDistribution) else float(value)
+    return value_text(value) if isinstance(distribution, CategoricalDistribution) else float(value)
 
 
 Places = tuple[list[float], list[tuple[float, str]]]
@@ -269,14 +264,14 @@ def _measured(goal: Goal) -> dict[str, str]:
 
 def _metric(trial: Trial, name: str) -> float:
     value = trial.metrics.get(name, math.nan)
-    return 100 * value if name.rpartition("/")[2] in PERCENT else value
+    return 100 * value if is_percent(name) else value
 
 
 def _metric_frame(trials: Sequence[Trial], name: str) -> tuple[float, float]:
     """Return limits around what finished trials reached, all trials' where none finished."""
     finished = [trial for trial in trials if trial.status == "finished"] or trials
     values = [_metric(trial, name) for trial in finished]
-    if name.rpartition("/")[2] in PERCENT:
+    if is_percent(name):
         return frame(values)
     finite = [value for value in values if math.isfinite(value)] or [0.0, 1.0]
     low, high = np.percentile(finite, (0, 100))
@@ -286,13 +281,8 @@ def _metric_frame(trials: Sequence[Trial], name: str) -> tuple[float, float]:
     return low - spare, high + spare
 
 
-def _title(name: str) -> str:
-    of_network, _, metric = name.partition("/")
-    return f"{of_network} {LABELS.get(metric, metric)}" + (" (%)" if metric in PERCENT else "")
-
-
 def _metric_title(name: str) -> str:
-    return _title(name).replace(" ", "\n", 1)
+    return label(name, unit=" (%)").replace(" ", "\n", 1)
 
 
 def _wrapped(name: str) -> str:
@@ -360,5 +350,4 @@ def _draw_slice(axes: "Axes", trials: Sequence[Trial], key: str, name: str) -> N
         draw_point(axes, (x, _metric(trial, name)), trial.status)
     places, texts = zip(*scale.ticks(), strict=True)
     axes.set_xticks(places, texts)
-    style(axes)
-    axes.grid(axis="y", color="#E4E4E4", linewidth=0.6)
+    style(axes, grid="y")

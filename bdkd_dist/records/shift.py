@@ -5,17 +5,17 @@ severity 1, …]}}}}`` with figures ``{"raw": metrics, "temperature_scaled": met
 """
 
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from rich import box
 from rich.table import Table
 
 from bdkd_dist.files import atomic_write, json_text
-from bdkd_dist.records.figures import DASHES, FAINT, INK
+from bdkd_dist.records.figures import COLOURS, DASHES, INK, MARKERS, PALEST, new_figure, style
+from bdkd_dist.records.printing import titled_table
+from bdkd_dist.records.wording import percent
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,9 +26,6 @@ ROWS = {
     "ECE %": ("raw", "ece"),
     "ECE %, T-scaled": ("temperature_scaled", "ece"),
 }
-# Okabe and Ito's palette, as in the reliability diagrams; markers tell lines apart in print.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-MARKERS = "osD^vP"
 LINES = ((0, ("raw", "top1")), (1, ("raw", "ece")), (1, ("temperature_scaled", "ece")))
 """What is drawn in which row of panels."""
 MEAN_WIDTH_IN, PANEL_WIDTH_IN, HEIGHT_IN = 2.6, 1.4, 4.8
@@ -70,27 +67,24 @@ def severity_table(measured: dict[str, Any]) -> Table:
     """Return each network's accuracy and ECE, raw and temperature-scaled, by severity: means over corruptions."""
     networks = measured["networks"]
     corruptions = len(next(iter(networks.values()))["corruptions"])
-    table = _table(f"test under {corruptions} corruptions, their mean by severity")
-    for column in ("network", "", "clean", "1", "2", "3", "4", "5"):
-        table.add_column(column, justify="left" if column in ("network", "") else "right", no_wrap=True)
+    title = f"test under {corruptions} corruptions, their mean by severity"
+    table = titled_table(title, ("network", ""), ("clean", "1", "2", "3", "4", "5"))
     for name, network in networks.items():
         for row, (kind, metric) in ROWS.items():
             values = by_severity(network, kind, metric).mean(0)
             first, last = row == next(iter(ROWS)), row == list(ROWS)[-1]
-            table.add_row(name if first else "", row, *(_percent(value) for value in values), end_section=last)
+            table.add_row(name if first else "", row, *map(percent, values), end_section=last)
     return table
 
 
 def corruption_table(measured: dict[str, Any]) -> Table:
     """Return each network's accuracy and ECE by corruption: means over severities 1 to 5."""
-    table = _table("by corruption, mean over severities 1 to 5")
-    for column in ("network", "corruption", *ROWS):
-        table.add_column(column, justify="left" if column in ("network", "corruption") else "right", no_wrap=True)
+    table = titled_table("by corruption, mean over severities 1 to 5", ("network", "corruption"), ROWS)
     for name, network in measured["networks"].items():
         means = [by_severity(network, kind, metric)[:, 1:].mean(1) for kind, metric in ROWS.values()]
         corruptions = list(network["corruptions"])
         for row, corruption in enumerate(corruptions):
-            cells = (_percent(values[row]) for values in means)
+            cells = (percent(values[row]) for values in means)
             last = corruption == corruptions[-1]
             table.add_row("" if row else name, corruption, *cells, end_section=last)
     return table
@@ -104,12 +98,11 @@ def ood_table(compared: dict[str, Any]) -> Table:
             ``fpr95``, ``confidence_inside`` and ``confidence_outside`` of each network.
     """
     source = f"{_name(compared['source'])} ({compared['split']})"
-    table = _table(f"{compared['images_inside']:,} test images against {compared['images_outside']:,} of {source}")
-    for column in ("network", "AUROC %", "FPR at 95 % TPR, %", "confidence, test %", "other %"):
-        table.add_column(column, justify="left" if column == "network" else "right", no_wrap=True)
+    title = f"{compared['images_inside']:,} test images against {compared['images_outside']:,} of {source}"
+    table = titled_table(title, ("network",), ("AUROC %", "FPR at 95 % TPR, %", "confidence, test %", "other %"))
     for name, figures in compared["networks"].items():
         keys = ("auroc", "fpr95", "confidence_inside", "confidence_outside")
-        table.add_row(name, *(_percent(figures[key]) for key in keys))
+        table.add_row(name, *(percent(figures[key]) for key in keys))
     return table
 
 
@@ -122,12 +115,10 @@ def shift_figure(measured: dict[str, Any]) -> "Figure":
     Returns:
         The figure, 11 × 4.8 inches for six corruptions, 100 dots per inch.
     """
-    from matplotlib.figure import Figure
-
     networks = measured["networks"]
     corruptions = list(next(iter(networks.values()))["corruptions"])
     width_in = MEAN_WIDTH_IN + PANEL_WIDTH_IN * len(corruptions)
-    figure = Figure(figsize=(width_in, HEIGHT_IN), dpi=100, facecolor="white")
+    figure = new_figure(width_in, HEIGHT_IN)
     panels = figure.subplots(
         2,
         1 + len(corruptions),
@@ -181,13 +172,10 @@ def _draw(axes: "Axes", line: np.ndarray, number: int, scaled: bool) -> None:
 
 def _style(axes: "Axes", first: bool) -> None:
     axes.set_xticks(range(6), "012345")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(FAINT)
-    axes.tick_params(labelsize=8, colors=INK, color=FAINT, length=3)
+    style(axes, grid="y")
     if not first:
         axes.tick_params(axis="y", length=0)
-        axes.spines["left"].set_color("#E4E4E4")
-    axes.grid(axis="y", color="#E4E4E4", linewidth=0.6)
+        axes.spines["left"].set_color(PALEST)
 
 
 def _legend(figure: "Figure", networks: Sequence[str]) -> None:
@@ -205,11 +193,3 @@ def _legend(figure: "Figure", networks: Sequence[str]) -> None:
 def _name(source: str) -> str:
     """Return the last part of a data set's path."""
     return Path(source).resolve().name
-
-
-def _table(title: str) -> Table:
-    return Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
-
-
-def _percent(value: float | None) -> str:
-    return "–" if value is None or not math.isfinite(value) else f"{100 * value:.2f}"

@@ -37,8 +37,7 @@ class TensorBoardObserver:
     """Writes curves, reliability diagrams and the recipe to ``<run>/tensorboard``.
 
     Tags: those of :attr:`StepLog.scalars`, ``speed/images_per_s``, ``val/<network>/<metric>``,
-    ``val/<network>/reliability`` and ``val/<student>/entropy_against_teacher`` (``test/…`` for the test split), and the
-    text ``recipe``.
+    ``val/<network>/reliability`` and ``val/<student>/entropy_against_teacher``, and the text ``recipe``.
 
     Args:
         run: The run folder.
@@ -81,17 +80,16 @@ class TensorBoardObserver:
         What was recorded at the very step that the run goes on from is not recorded again: a run that was stopped
         in its final evaluation repeats that.
         """
-        split = {"validation": "val"}.get(log.split, log.split)
         for network, diagnosis in log.networks.items():
             for metric, value in diagnosis.metrics.items():
-                tag = f"{split}/{network}/{metric}"
+                tag = f"val/{network}/{metric}"
                 if metric != "count" and (tag, log.step) not in self._recorded:
                     self._add_scalar(tag, value, log.step)
-            tag = f"{split}/{network}/reliability"
+            tag = f"val/{network}/reliability"
             if (tag, log.step) not in self._recorded:
                 self._add_figure(tag, reliability_figure({network: diagnosis}), log.step)
         for network, entropies in log.entropies.items():
-            tag = f"{split}/{network}/entropy_against_teacher"
+            tag = f"val/{network}/entropy_against_teacher"
             if network != "teacher" and (tag, log.step) not in self._recorded:
                 self._add_figure(tag, entropy_figure(entropies, log.entropies["teacher"], network), log.step)
 

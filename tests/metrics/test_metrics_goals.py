@@ -261,13 +261,6 @@ def test_a_row_is_said_in_percent_and_with_what_was_asked() -> None:
     assert Goal.parse("pareto").said(row) == "student/top1 71.2 %, student/ece 3.14 %"
 
 
-def test_a_goal_is_printed_as_what_it_looks_for() -> None:
-    assert str(Goal.parse("nll")) == "student/nll (min)"
-    assert str(Goal.parse("pareto")) == "student/top1 (max), student/ece (min)"
-    goal = Goal.parse("accuracy", ["ece <= 0.02", "teacher/nll<=1"])
-    assert str(goal) == "student/top1 (max) subject to student/ece<=0.02 and teacher/nll<=1"
-
-
 def test_samplers_of_several_objectives_are_told_costs() -> None:
     row = {"student/top1": 0.7, "student/ece": 0.03, "student/nll": 1.1}
     assert Goal.parse("pareto").objectives(row) == (-0.7, 0.03)

@@ -37,10 +37,10 @@ def diagnosis(top1: float = 0.972, ece: float = 0.0125) -> NetworkDiagnosis:
     return NetworkDiagnosis(metrics, bins)
 
 
-def eval_log(step: int, split: str = "validation") -> EvalLog:
+def eval_log(step: int) -> EvalLog:
     networks = {"teacher": diagnosis(0.98, 0.008), "student": diagnosis()}
     entropies = {"teacher": torch.tensor([0.1, 0.6]), "student": torch.tensor([0.5, 0.2])}
-    return EvalLog(step, epoch=step // 10, split=split, networks=networks, entropies=entropies)
+    return EvalLog(step, epoch=step // 10, networks=networks, entropies=entropies)
 
 
 def raw_events(folder: Path) -> Iterator[Event]:

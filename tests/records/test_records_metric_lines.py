@@ -58,10 +58,9 @@ def test_a_repeated_final_evaluation_has_one_line(tmp_path: Path) -> None:
         observer = MetricLines(tmp_path)
         observer.start(40, 40)
         observer.evaluated(eval_log(40))
-        observer.evaluated(eval_log(40, "test"))
         observer.close()
     evaluations = [line for line in lines(tmp_path) if line["step"] == 40 and "train" not in line]
-    assert [sorted(line) for line in evaluations] == [["epoch", "step", "validation"], ["epoch", "step", "test"]]
+    assert [sorted(line) for line in evaluations] == [["epoch", "step", "validation"]]
 
 
 def test_what_is_not_finite_is_null(tmp_path: Path) -> None:

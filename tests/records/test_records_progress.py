@@ -33,12 +33,10 @@ def test_plain_lines_say_it_all_on_one_line_however_narrow() -> None:
     shown.start(0, 40)
     shown.stepped(step_log(20))
     shown.evaluated(eval_log(20))
-    shown.evaluated(eval_log(20, "test"))
     shown.close()
     assert written(console).splitlines() == [
         "epoch 2/4  step 20/40  loss student 0.050 teacher 0.025  1,234 images/s  2 min left",
         "epoch 2/4  val  student top-1 97.2 % ECE 1.2 %  teacher top-1 98.0 % ECE 0.8 %",
-        "epoch 2/4  test  student top-1 97.2 % ECE 1.2 %  teacher top-1 98.0 % ECE 0.8 %",
     ]
 
 

@@ -79,8 +79,8 @@ def test_a_log_says_how_the_search_stands_at_most_every_half_minute(clock: list[
 
 def test_what_a_search_waits_for_is_said(clock: list[float]) -> None:
     console = plain()
-    SearchProgress(console, NLL, None).update([trial(0, status="running")], 0, "waiting for 1 GPU")
-    assert written(console) == "1 trial: 0 running  0 s  waiting for 1 GPU\n"
+    SearchProgress(console, NLL, 1).update([trial(0, status="running")], 0, "waiting for 1 GPU")
+    assert written(console) == "1 of 1 trial: 0 running  0 s  waiting for 1 GPU\n"
 
 
 def test_a_trial_that_goes_on_and_ends_again_is_said_again(clock: list[float]) -> None:
@@ -115,13 +115,6 @@ def test_work_of_an_earlier_start_is_no_part_of_the_pace(clock: list[float]) -> 
     assert shown.remaining_s() is None
     shown.update([*before, lasting(2, 50.0, "running")], 1)
     assert shown.remaining_s() == pytest.approx((60 + 10) * 100 / 50)
-
-
-def test_an_open_number_of_trials_has_no_time_left(clock: list[float]) -> None:
-    shown = SearchProgress(plain(), NLL, None)
-    clock[0] += 9.0
-    shown.update([lasting(0, 5.0), lasting(1, 5.0)], 0)
-    assert shown.remaining_s() is None
 
 
 def test_a_terminal_shows_counts_and_the_best_trials_first() -> None:

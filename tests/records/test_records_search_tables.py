@@ -16,11 +16,8 @@ from bdkd_dist.records.search_tables import (
     chosen,
     figures,
     heads,
-    number,
     of_test,
     ranked,
-    said,
-    short_names,
     value_spans,
     write_trials,
 )
@@ -123,14 +120,14 @@ def test_parquet_holds_every_trial_with_values_in_types_of_their_own(tmp_path: P
 
 @pytest.mark.parametrize("cells", [[1, "a"], [True, 2.5], [[9], 3], ["x", [1]]])
 def test_values_of_several_kinds_are_json(cells: list[Any], tmp_path: Path) -> None:
-    write_trials(tmp_path / "t.parquet", [Trial(n, str(n), {"a.b": cell}) for n, cell in enumerate(cells)])
+    write_trials(tmp_path / "t.parquet", [Trial(n, str(n), {"a.b": cell}) for n, cell in enumerate(cells)], {})
     assert [json.loads(cell) for cell in pq.read_table(tmp_path / "t.parquet")["a.b"].to_pylist()] == cells
 
 
 def test_pandas_reads_a_search_of_no_reports(tmp_path: Path) -> None:
     import pandas as pd
 
-    write_trials(tmp_path / "t.parquet", [lost(0), lost(1)])
+    write_trials(tmp_path / "t.parquet", [lost(0), lost(1)], {})
     assert pd.read_parquet(tmp_path / "t.parquet")["reason"].tolist() == ["out of memory"] * 2
 
 
@@ -179,30 +176,6 @@ def test_values_that_stayed_are_no_schedule() -> None:
     steady = trial(0)
     steady.reports = [Report(epoch, {}, {"objective.nu_forward": 2.0}) for epoch in (1, 2, 3)]
     assert value_spans(steady) == []
-
-
-def test_a_key_is_called_by_its_last_part_unless_two_end_so() -> None:
-    assert short_names(["objective.name", "optimizer.lr"]) == {"objective.name": "objective", "optimizer.lr": "lr"}
-    assert list(short_names(["data.order", "train.order", "train.seed"]).values()) == [
-        "data.order",
-        "train.order",
-        "seed",
-    ]
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [(0.123456, "0.1235"), (1e-5, "1e-05"), (64, "64"), (True, "true"), (None, "null"), ([9, 0.5], "[9,0.5]")],
-)
-def test_values_are_said_shortly(value: Any, text: str) -> None:
-    assert said(value) == text
-
-
-def test_figures_are_said_in_percent_where_they_are_shares() -> None:
-    metrics = {"student/ece": 0.01234, "student/nll": 1.23456, "student/top1": NAN}
-    assert number(metrics, "student/ece") == "1.23 %"
-    assert number(metrics, "student/nll") == "1.2346"
-    assert number(metrics, "student/top1") == number(metrics, "teacher/ece") == "–"
 
 
 def test_all_that_a_goal_looks_at_is_shown() -> None:

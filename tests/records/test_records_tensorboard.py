@@ -66,15 +66,6 @@ def test_scalars_figures_and_recipe_read_back(tmp_path: Path) -> None:
     assert text.tensor_proto.string_val == [f"```yaml\n{RECIPE}```".encode()]
 
 
-def test_the_test_split_has_tags_of_its_own(tmp_path: Path) -> None:
-    observer = TensorBoardObserver(tmp_path, RECIPE)
-    observer.start(0, 40)
-    observer.evaluated(eval_log(40, "test"))
-    observer.close()
-    tags = {tag for tag, _ in points(tmp_path / "tensorboard")}
-    assert tags == {"recipe/text_summary"} | {f"test{tag[3:]}" for tag in EVAL_TAGS}
-
-
 def test_a_resumed_run_has_each_point_once(tmp_path: Path) -> None:
     record(tmp_path, 1, 30)
     record(tmp_path, 21, 40)
@@ -101,17 +92,12 @@ def test_beginning_anew_keeps_nothing_but_the_recipe(tmp_path: Path) -> None:
 
 def test_a_repeated_final_evaluation_is_recorded_once(tmp_path: Path) -> None:
     record(tmp_path, 1, 40)
-    observer = TensorBoardObserver(tmp_path, RECIPE)
-    observer.start(40, 40)
-    observer.evaluated(eval_log(40))
-    observer.evaluated(eval_log(40, "test"))
-    observer.close()
-    observer = TensorBoardObserver(tmp_path, RECIPE)
-    observer.start(40, 40)
-    observer.evaluated(eval_log(40, "test"))
-    observer.close()
-    once = expected(40) + Counter((f"test{tag[3:]}", 40) for tag in EVAL_TAGS)
-    assert Counter(points(tmp_path / "tensorboard")) == once
+    for _ in range(2):
+        observer = TensorBoardObserver(tmp_path, RECIPE)
+        observer.start(40, 40)
+        observer.evaluated(eval_log(40))
+        observer.close()
+    assert Counter(points(tmp_path / "tensorboard")) == expected(40)
 
 
 @pytest.mark.parametrize("cut_bytes", [1, 5, 13, 40])

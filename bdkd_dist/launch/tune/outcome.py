@@ -7,7 +7,6 @@ from typing import Any
 
 import ray
 import torch
-from rich import box
 from rich.table import Table
 
 from bdkd_dist.config import Recipe
@@ -19,10 +18,12 @@ from bdkd_dist.launch.tune.algorithms import Plan
 from bdkd_dist.launch.tune.folder import TRIALS, SearchFolder
 from bdkd_dist.launch.tune.places import SearchCluster
 from bdkd_dist.launch.worker import finish, for_evaluation, training
+from bdkd_dist.records.printing import titled_table
 from bdkd_dist.records.results import read_results
 from bdkd_dist.records.search_report import BEST, PAGE, SearchSummary, write_report
-from bdkd_dist.records.search_tables import heads, number, of_test
+from bdkd_dist.records.search_tables import heads, of_test
 from bdkd_dist.records.trials import Trial
+from bdkd_dist.records.wording import metric_text
 
 NEEDED = ("results.json", "predictions/test.parquet")
 """What the report reads of a tested trial."""
@@ -61,18 +62,14 @@ class Found:
     def table(self) -> Table:
         """Return the chosen trials' figures on both splits."""
         names = heads(self.plan.goal)
-        table = Table(
-            title="chosen on validation, then tested", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD
-        )
-        for column in ("trial", "", *names.values()):
-            table.add_column(column, justify="left" if column in ("trial", "") else "right")
+        table = titled_table("chosen on validation, then tested", ("trial", ""), names.values())
         for trial in self.chosen:
             results = f"{TRIALS}/{trial.name}/results.json"
             self.folder.folder.fetch(results)
             measured = of_test(read_results(self.folder.folder.path / results))
             for label, metrics in (("validation", trial.metrics), ("test", measured)):
                 shown = f"{trial.number:04d}" if label == "validation" else ""
-                table.add_row(shown, label, *(number(metrics, name, unit="") for name in names))
+                table.add_row(shown, label, *(metric_text(metrics.get(name), name) for name in names))
             table.add_section()
         return table
 
