@@ -191,7 +191,8 @@ def importances(trials: Sequence[Trial], goal: Goal) -> dict[str, float]:
         if all(key in trial.values for trial in finished)
         and len({value_text(trial.values[key]) for trial in finished}) > 1
     ]
-    if len(finished) < LEAST_TRIALS or len(keys) < 2:
+    scores = [goal.score(trial.metrics) for trial in finished]
+    if len(finished) < LEAST_TRIALS or len(keys) < 2 or len(set(scores)) < 2:
         return {}
     import optuna
     from optuna.importance import FanovaImportanceEvaluator, get_param_importances
@@ -202,7 +203,7 @@ def importances(trials: Sequence[Trial], goal: Goal) -> dict[str, float]:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
         study = optuna.create_study()
-        for trial, rank in zip(finished, rankdata([goal.score(t.metrics) for t in finished]), strict=True):
+        for trial, rank in zip(finished, rankdata(scores), strict=True):
             params = {key: _param(trial.values[key], domains[key]) for key in keys}
             study.add_trial(optuna.trial.create_trial(params=params, distributions=domains, value=float(rank)))
         evaluator = FanovaImportanceEvaluator(n_trees=TREES, seed=SEED)

@@ -222,6 +222,11 @@ def test_importance_of_choices_and_lists_is_found_too() -> None:
     assert shares["objective.gate"] > 0.5
 
 
+def test_trials_that_all_reached_the_same_have_nothing_to_explain() -> None:
+    trials = [trial(n, nll=0.5, temperature=float(n), nu_forward=float(n % 3)) for n in range(12)]
+    assert importances(trials, NLL) == {}
+
+
 def test_importance_needs_enough_finished_trials_and_two_values() -> None:
     trials = searched(12, constant_epochs=True)
     assert importance_figure(trials[:7], NLL) is None
