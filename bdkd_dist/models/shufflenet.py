@@ -6,10 +6,13 @@ after the depthwise convolution too. Weights begin as torch's own initialisation
 """
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from bdkd_dist.models.blocks import conv_bn, stage
 
 STEM = 24
 DEPTHS = (4, 8, 4)
@@ -100,21 +103,16 @@ class ShuffleNetV2(nn.Module):
 
 
 def _stages(block: Callable[[int, int, int], nn.Module], channels: tuple[int, ...]) -> nn.Sequential:
-    stages = []
-    for in_channels, out, depth in zip((STEM, *channels), channels, DEPTHS, strict=False):
-        stages.append(nn.Sequential(block(in_channels, out, 2), *(block(out, out, 1) for _ in range(depth - 1))))
-    return nn.Sequential(*stages)
+    pairs = pairwise((STEM, *channels))
+    return nn.Sequential(*(stage(block, depth, *pair, stride=2) for depth, pair in zip(DEPTHS, pairs, strict=True)))
 
 
 def _pointwise(in_channels: int, channels: int) -> list[nn.Module]:
-    return [nn.Conv2d(in_channels, channels, 1, bias=False), nn.BatchNorm2d(channels), nn.ReLU()]
+    return [*conv_bn(in_channels, channels, 1), nn.ReLU()]
 
 
 def _depthwise(channels: int, stride: int) -> list[nn.Module]:
-    return [
-        nn.Conv2d(channels, channels, 3, stride, padding=1, groups=channels, bias=False),
-        nn.BatchNorm2d(channels),
-    ]
+    return conv_bn(channels, channels, 3, stride, groups=channels)
 
 
 def _shuffle(x: Tensor, groups: int) -> Tensor:
