@@ -34,9 +34,10 @@ class GroupedBlock(nn.Module):
         self.stride = stride
         own = channels - in_channels if stride == 2 else channels
         hidden = own // 4
-        self.groups = 1 if in_channels == STEM else V1_GROUPS  # the stem has too few channels to group
-        self.conv1 = nn.Conv2d(in_channels, hidden, 1, groups=self.groups, bias=False)
+        groups = 1 if in_channels == STEM else V1_GROUPS  # the stem has too few channels to group
+        self.conv1 = nn.Conv2d(in_channels, hidden, 1, groups=groups, bias=False)
         self.bn1 = nn.BatchNorm2d(hidden)
+        self.shuffle = nn.ChannelShuffle(groups) if groups > 1 else nn.Identity()  # one group would only be copied
         self.conv2 = nn.Conv2d(hidden, hidden, 3, stride, padding=1, groups=hidden, bias=False)
         self.bn2 = nn.BatchNorm2d(hidden)
         self.conv3 = nn.Conv2d(hidden, own, 1, groups=V1_GROUPS, bias=False)
@@ -44,7 +45,7 @@ class GroupedBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, in_channels, H, W) to (B, channels, H/stride, W/stride)."""
-        out = _shuffle(F.relu(self.bn1(self.conv1(x))), self.groups)
+        out = self.shuffle(F.relu(self.bn1(self.conv1(x))))
         out = self.bn3(self.conv3(F.relu(self.bn2(self.conv2(out)))))
         if self.stride == 2:
             return F.relu(torch.cat([out, F.avg_pool2d(x, 3, stride=2, padding=1)], dim=1))
@@ -70,7 +71,7 @@ class SplitBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, in_channels, H, W) to (B, channels, H/stride, W/stride)."""
         aside, seen = (x, x) if self.stride == 2 else x.chunk(2, dim=1)
-        return _shuffle(torch.cat([self.aside(aside), self.body(seen)], dim=1), 2)
+        return F.channel_shuffle(torch.cat([self.aside(aside), self.body(seen)], dim=1), 2)
 
 
 class ShuffleNetV1(nn.Module):
@@ -113,11 +114,6 @@ def _pointwise(in_channels: int, channels: int) -> list[nn.Module]:
 
 def _depthwise(channels: int, stride: int) -> list[nn.Module]:
     return conv_bn(channels, channels, 3, stride, groups=channels)
-
-
-def _shuffle(x: Tensor, groups: int) -> Tensor:
-    """Deal the channels of each group out in turn: (1, 2, 3, 4) in two groups becomes (1, 3, 2, 4)."""
-    return x.unflatten(1, (groups, -1)).transpose(1, 2).flatten(1, 2)
 
 
 BUILDERS: dict[str, Callable[[int], nn.Module]] = {"shufflev1": ShuffleNetV1, "shufflev2": ShuffleNetV2}
