@@ -10,29 +10,7 @@ from functools import partial
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-
-def shortcut(in_channels: int, channels: int, stride: int) -> nn.Module:
-    """Return the identity, or a strided 1×1 convolution with batch norm where a block changes the shape."""
-    if stride == 1 and in_channels == channels:
-        return nn.Identity()
-    return nn.Sequential(nn.Conv2d(in_channels, channels, 1, stride, bias=False), nn.BatchNorm2d(channels))
-
-
-class BasicBlock(nn.Module):
-    """Two 3×3 convolutions beside a :func:`shortcut`."""
-
-    def __init__(self, in_channels: int, channels: int, stride: int):
-        super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(channels)
-        self.downsample = shortcut(in_channels, channels, stride)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (B, in_channels, H, W) to (B, channels, H/stride, W/stride)."""
-        out = F.relu(self.bn1(self.conv1(x)))
-        return F.relu(self.bn2(self.conv2(out)) + self.downsample(x))
+from bdkd_dist.models.blocks import BasicBlock, init_convolutions, stage
 
 
 class CifarResNet(nn.Module):
@@ -51,24 +29,17 @@ class CifarResNet(nn.Module):
         assert rest == 0, "depth is 6n + 2"
         self.conv1 = nn.Conv2d(3, stem, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(stem)
-        self.layer1 = _stage(blocks, stem, width, stride=1)
-        self.layer2 = _stage(blocks, width, 2 * width, stride=2)
-        self.layer3 = _stage(blocks, 2 * width, 4 * width, stride=2)
+        self.layer1 = stage(BasicBlock, blocks, stem, width, stride=1)
+        self.layer2 = stage(BasicBlock, blocks, width, 2 * width, stride=2)
+        self.layer3 = stage(BasicBlock, blocks, 2 * width, 4 * width, stride=2)
         self.fc = nn.Linear(4 * width, num_classes)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        init_convolutions(self)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, 3, H, W) to (B, K) logits."""
         x = F.relu(self.bn1(self.conv1(x)))
         x = self.layer3(self.layer2(self.layer1(x)))
         return self.fc(F.adaptive_avg_pool2d(x, 1).flatten(1))
-
-
-def _stage(blocks: int, in_channels: int, channels: int, stride: int) -> nn.Sequential:
-    first = BasicBlock(in_channels, channels, stride)
-    return nn.Sequential(first, *(BasicBlock(channels, channels, 1) for _ in range(blocks - 1)))
 
 
 BUILDERS: dict[str, Callable[[int], nn.Module]] = {

@@ -10,7 +10,7 @@ from functools import partial
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bdkd_dist.models.cifar_resnet import BasicBlock, shortcut
+from bdkd_dist.models.blocks import BasicBlock, init_convolutions, shortcut, stage
 
 
 class Bottleneck(nn.Module):
@@ -54,13 +54,10 @@ class ImageNetResNet(nn.Module):
         self.stages = nn.Sequential()
         for index, depth in enumerate(depths):
             out = width * 2**index
-            first = block(channels, out, 1 if index == 0 else 2)
-            self.stages.append(nn.Sequential(first, *(block(out, out, 1) for _ in range(depth - 1))))
+            self.stages.append(stage(block, depth, channels, out, stride=1 if index == 0 else 2))
             channels = out
         self.fc = nn.Linear(channels, num_classes)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        init_convolutions(self)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, 3, H, W) to (B, K) logits."""

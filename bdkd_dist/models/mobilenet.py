@@ -11,6 +11,8 @@ from functools import partial
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bdkd_dist.models.blocks import conv_bn, init_convolutions, stage
+
 # Expansion, channels at full width, blocks and the first block's stride of each stage.
 STAGES = (
     (1, 16, 1, 1),
@@ -30,11 +32,11 @@ class InvertedResidual(nn.Module):
         super().__init__()
         hidden = in_channels * expansion
         self.body = nn.Sequential(
-            *_convolution(in_channels, hidden, 1),
+            *conv_bn(in_channels, hidden, 1),
             nn.ReLU(),
-            *_convolution(hidden, hidden, 3, stride, groups=hidden),
+            *conv_bn(hidden, hidden, 3, stride, groups=hidden),
             nn.ReLU(),
-            *_convolution(hidden, channels, 1),
+            *conv_bn(hidden, channels, 1),
         )
         self.keeps_shape = stride == 1 and in_channels == channels
 
@@ -54,35 +56,23 @@ class MobileNetV2(nn.Module):
     def __init__(self, width: float, num_classes: int):
         super().__init__()
         channels = int(32 * width)
-        self.stem = nn.Sequential(*_convolution(3, channels, 3, stride=2), nn.ReLU())
-        self.stages = nn.ModuleList()
+        self.stem = nn.Sequential(*conv_bn(3, channels, 3, stride=2), nn.ReLU())
+        self.stages = nn.Sequential()
         for expansion, full, depth, stride in STAGES:
             out = int(full * width)
-            first = InvertedResidual(channels, out, stride, expansion)
-            others = (InvertedResidual(out, out, 1, expansion) for _ in range(depth - 1))
-            self.stages.append(nn.Sequential(first, *others))
+            block = partial(InvertedResidual, expansion=expansion)
+            self.stages.append(stage(block, depth, channels, out, stride))
             channels = out
-        self.head = nn.Sequential(*_convolution(channels, 1280, 1), nn.ReLU())
+        self.head = nn.Sequential(*conv_bn(channels, 1280, 1), nn.ReLU())
         self.fc = nn.Linear(1280, num_classes)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        init_convolutions(self)
         nn.init.normal_(self.fc.weight, std=0.01)
         nn.init.zeros_(self.fc.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, 3, H, W) to (B, K) logits."""
-        x = self.stem(x)
-        for stage in self.stages:
-            x = stage(x)
-        return self.fc(F.adaptive_avg_pool2d(self.head(x), 1).flatten(1))
-
-
-def _convolution(in_channels: int, channels: int, side: int, stride: int = 1, groups: int = 1) -> list[nn.Module]:
-    return [
-        nn.Conv2d(in_channels, channels, side, stride, padding=side // 2, groups=groups, bias=False),
-        nn.BatchNorm2d(channels),
-    ]
+        x = self.head(self.stages(self.stem(x)))
+        return self.fc(F.adaptive_avg_pool2d(x, 1).flatten(1))
 
 
 BUILDERS: dict[str, Callable[[int], nn.Module]] = {"mobilenetv2": partial(MobileNetV2, 0.5)}

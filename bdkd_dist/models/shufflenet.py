@@ -6,10 +6,13 @@ after the depthwise convolution too. Weights begin as torch's own initialisation
 """
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from bdkd_dist.models.blocks import conv_bn, stage
 
 STEM = 24
 DEPTHS = (4, 8, 4)
@@ -31,9 +34,10 @@ class GroupedBlock(nn.Module):
         self.stride = stride
         own = channels - in_channels if stride == 2 else channels
         hidden = own // 4
-        self.groups = 1 if in_channels == STEM else V1_GROUPS  # the stem has too few channels to group
-        self.conv1 = nn.Conv2d(in_channels, hidden, 1, groups=self.groups, bias=False)
+        groups = 1 if in_channels == STEM else V1_GROUPS  # the stem has too few channels to group
+        self.conv1 = nn.Conv2d(in_channels, hidden, 1, groups=groups, bias=False)
         self.bn1 = nn.BatchNorm2d(hidden)
+        self.shuffle = nn.ChannelShuffle(groups) if groups > 1 else nn.Identity()  # one group would only be copied
         self.conv2 = nn.Conv2d(hidden, hidden, 3, stride, padding=1, groups=hidden, bias=False)
         self.bn2 = nn.BatchNorm2d(hidden)
         self.conv3 = nn.Conv2d(hidden, own, 1, groups=V1_GROUPS, bias=False)
@@ -41,7 +45,7 @@ class GroupedBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, in_channels, H, W) to (B, channels, H/stride, W/stride)."""
-        out = _shuffle(F.relu(self.bn1(self.conv1(x))), self.groups)
+        out = self.shuffle(F.relu(self.bn1(self.conv1(x))))
         out = self.bn3(self.conv3(F.relu(self.bn2(self.conv2(out)))))
         if self.stride == 2:
             return F.relu(torch.cat([out, F.avg_pool2d(x, 3, stride=2, padding=1)], dim=1))
@@ -67,7 +71,7 @@ class SplitBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, in_channels, H, W) to (B, channels, H/stride, W/stride)."""
         aside, seen = (x, x) if self.stride == 2 else x.chunk(2, dim=1)
-        return _shuffle(torch.cat([self.aside(aside), self.body(seen)], dim=1), 2)
+        return F.channel_shuffle(torch.cat([self.aside(aside), self.body(seen)], dim=1), 2)
 
 
 class ShuffleNetV1(nn.Module):
@@ -100,26 +104,16 @@ class ShuffleNetV2(nn.Module):
 
 
 def _stages(block: Callable[[int, int, int], nn.Module], channels: tuple[int, ...]) -> nn.Sequential:
-    stages = []
-    for in_channels, out, depth in zip((STEM, *channels), channels, DEPTHS, strict=False):
-        stages.append(nn.Sequential(block(in_channels, out, 2), *(block(out, out, 1) for _ in range(depth - 1))))
-    return nn.Sequential(*stages)
+    pairs = pairwise((STEM, *channels))
+    return nn.Sequential(*(stage(block, depth, *pair, stride=2) for depth, pair in zip(DEPTHS, pairs, strict=True)))
 
 
 def _pointwise(in_channels: int, channels: int) -> list[nn.Module]:
-    return [nn.Conv2d(in_channels, channels, 1, bias=False), nn.BatchNorm2d(channels), nn.ReLU()]
+    return [*conv_bn(in_channels, channels, 1), nn.ReLU()]
 
 
 def _depthwise(channels: int, stride: int) -> list[nn.Module]:
-    return [
-        nn.Conv2d(channels, channels, 3, stride, padding=1, groups=channels, bias=False),
-        nn.BatchNorm2d(channels),
-    ]
-
-
-def _shuffle(x: Tensor, groups: int) -> Tensor:
-    """Deal the channels of each group out in turn: (1, 2, 3, 4) in two groups becomes (1, 3, 2, 4)."""
-    return x.unflatten(1, (groups, -1)).transpose(1, 2).flatten(1, 2)
+    return conv_bn(channels, channels, 3, stride, groups=channels)
 
 
 BUILDERS: dict[str, Callable[[int], nn.Module]] = {"shufflev1": ShuffleNetV1, "shufflev2": ShuffleNetV2}

@@ -10,6 +10,8 @@ from functools import partial
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bdkd_dist.models.blocks import init_convolutions
+
 CHANNELS = (64, 128, 256, 512, 512)
 
 
@@ -25,11 +27,7 @@ class VGG(nn.Module):
         super().__init__()
         self.stages = nn.ModuleList(map(_stage, depths, (3, *CHANNELS), CHANNELS))
         self.fc = nn.Linear(CHANNELS[-1], num_classes)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-                assert module.bias is not None
-                nn.init.zeros_(module.bias)
+        init_convolutions(self)
         nn.init.normal_(self.fc.weight, std=0.01)
         nn.init.zeros_(self.fc.bias)
 

@@ -9,6 +9,8 @@ from functools import partial
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bdkd_dist.models.blocks import init_convolutions, stage
+
 
 class PreActivationBlock(nn.Module):
     """Two normalised 3×3 convolutions beside a shortcut.
@@ -46,25 +48,18 @@ class WideResNet(nn.Module):
         assert rest == 0, "depth is 6n + 4"
         width = 16 * widen
         self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
-        self.layer1 = _stage(blocks, 16, width, stride=1)
-        self.layer2 = _stage(blocks, width, 2 * width, stride=2)
-        self.layer3 = _stage(blocks, 2 * width, 4 * width, stride=2)
+        self.layer1 = stage(PreActivationBlock, blocks, 16, width, stride=1)
+        self.layer2 = stage(PreActivationBlock, blocks, width, 2 * width, stride=2)
+        self.layer3 = stage(PreActivationBlock, blocks, 2 * width, 4 * width, stride=2)
         self.bn = nn.BatchNorm2d(4 * width)
         self.fc = nn.Linear(4 * width, num_classes)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        init_convolutions(self)
         nn.init.zeros_(self.fc.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, 3, H, W) to (B, K) logits."""
         x = self.layer3(self.layer2(self.layer1(self.conv1(x))))
         return self.fc(F.adaptive_avg_pool2d(F.relu(self.bn(x)), 1).flatten(1))
-
-
-def _stage(blocks: int, in_channels: int, channels: int, stride: int) -> nn.Sequential:
-    first = PreActivationBlock(in_channels, channels, stride)
-    return nn.Sequential(first, *(PreActivationBlock(channels, channels, 1) for _ in range(blocks - 1)))
 
 
 BUILDERS: dict[str, Callable[[int], nn.Module]] = {
