@@ -67,8 +67,8 @@ def _ffcvs_decoder() -> Any:
     return decode
 
 
-if jpeg.available():
-    _decoder = jpeg.library().bdkd_decode  # type: ignore[union-attr]
+if _native := jpeg.library():
+    _decoder = _native.bdkd_decode
 else:
     _decoder = _ffcvs_decoder()
     logger.warning("the native decoder is not built here (run: make setup); FFCV's decodes whole images, more slowly")
