@@ -13,10 +13,10 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from bdkd_dist.data.augment import Placements, Transform
+from bdkd_dist.data.augment import Transform
 from bdkd_dist.data.beton import Beton
 from bdkd_dist.data.kernels import Pixels, reduction_of, render
-from bdkd_dist.data.loader import Batch, DataError, Loader
+from bdkd_dist.data.loader import Batch, DataError, Loader, placements_of
 from bdkd_dist.data.order import Indices
 
 Task = tuple[int, Indices]
@@ -43,11 +43,6 @@ def render_sample(beton: Beton, index: int, placement: np.ndarray, out: Pixels) 
     if size != (width, height):
         raise DataError(f"{beton.named(index)} has {size[1]}x{size[0]} px, {height}x{width} were declared")
     render(pixels, placement, out, reduction, 0, 0)
-
-
-def placements_of(beton: Beton, transform: Transform, epoch: int, indices: Indices) -> Placements:
-    """Return the placements of some samples of a beton."""
-    return transform.placements(epoch, indices, beton.heights[indices], beton.widths[indices])
 
 
 class _Batches(Dataset[Batch | DataError]):
