@@ -15,9 +15,9 @@ from rich.progress import Progress as Bar
 from bdkd_dist import config
 from bdkd_dist.config import Data
 from bdkd_dist.data.converting import Rules, Undecodable
-from bdkd_dist.data.prepare import REPORT, Progress, here, labelled, prepare_into
+from bdkd_dist.data.prepare import REPORT, Progress, here, prepare_into
 from bdkd_dist.data.prepared import Prepared, is_prepared, verify
-from bdkd_dist.data.sources import Source, find_source
+from bdkd_dist.data.sources import Source, find_source, labelled
 from bdkd_dist.data.storing import Check
 from bdkd_dist.errors import UserError, unknown
 
