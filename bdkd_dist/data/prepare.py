@@ -80,7 +80,7 @@ def prepare_source(source: Source, data: Data, progress: Progress | None = None)
                 shutil.rmtree(folder, ignore_errors=True)  # one that lost its manifest
                 rules = Rules(data.max_side_px, data.jpeg_quality)
                 try:
-                    _build(source, folder, rules, here(data), f"data.prepared={data.prepared}", progress)
+                    _build(source, folder, rules, in_this_process(data), f"data.prepared={data.prepared}", progress)
                 except BrokenImage:  # mended, it will be another source
                     shutil.rmtree(_building(folder), ignore_errors=True)
                     raise
@@ -105,7 +105,7 @@ def prepare_into(
         return _build(source, folder, rules, convert, str(folder), progress)
 
 
-def here(data: Data) -> ConvertAll:
+def in_this_process(data: Data) -> ConvertAll:
     """Return what converts pieces in this process, with ``data.threads`` threads or one for each core."""
     threads = data.threads or len(os.sched_getaffinity(0))
     return lambda tasks, tell: convert_all(tasks, threads, tell)
