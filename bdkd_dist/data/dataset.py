@@ -9,11 +9,12 @@ import numpy as np
 
 from bdkd_dist.config import Data
 from bdkd_dist.data.beton import Beton
+from bdkd_dist.data.order import Indices
 from bdkd_dist.data.prepare import Progress, prepare
 from bdkd_dist.data.prepared import Prepared, is_prepared, read_manifest, verify
 from bdkd_dist.data.remote import find_remote, with_tables_only
 from bdkd_dist.data.sources.storage import Place
-from bdkd_dist.data.splits import Indices, limit, stratified
+from bdkd_dist.data.splits import limit, stratified, with_test
 from bdkd_dist.data.stage import stage
 from bdkd_dist.errors import UserError
 from bdkd_dist.uris import is_uri, shown
@@ -72,9 +73,7 @@ def find_prepared(data: Data, progress: Progress | None = None) -> Prepared:
     prepared = _prepared_before(data)
     if prepared is None:
         return prepare(data, progress)
-    splits = dict(prepared.splits)
-    if "test" not in splits and "validation" in splits:  # ImageNet as it comes
-        splits["test"] = splits.pop("validation")
+    splits = with_test(prepared.splits)
     root = shown(str(data.root))
     for name in ("train", "test"):
         if name not in splits:

@@ -30,9 +30,9 @@ from bdkd_dist.data import jpeg
 from bdkd_dist.data.augment import Transform
 from bdkd_dist.data.beton import Beton
 from bdkd_dist.data.kernels import DECODER_SYMBOL, Pixels, decode_and_render
-from bdkd_dist.data.loader import Batch, DataError, Loader
+from bdkd_dist.data.loader import Batch, DataError, Loader, placements_of
 from bdkd_dist.data.order import Indices
-from bdkd_dist.data.torch_loader import placements_of, render_sample
+from bdkd_dist.data.torch_loader import render_sample
 
 logger = logging.getLogger(__name__)
 
@@ -67,8 +67,8 @@ def _ffcvs_decoder() -> Any:
     return decode
 
 
-if jpeg.available():
-    _decoder = jpeg.library().bdkd_decode  # type: ignore[union-attr]
+if _native := jpeg.library():
+    _decoder = _native.bdkd_decode
 else:
     _decoder = _ffcvs_decoder()
     logger.warning("the native decoder is not built here (run: make setup); FFCV's decodes whole images, more slowly")

@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from bdkd_dist.data.augment import Transform
+from bdkd_dist.data.augment import Placements, Transform
 from bdkd_dist.data.beton import Beton
 from bdkd_dist.data.order import Indices
 from bdkd_dist.errors import Fault, UserError
@@ -55,6 +55,11 @@ class Loader(ABC):
     @abstractmethod
     def close(self) -> None:
         """End all threads and processes."""
+
+
+def placements_of(beton: Beton, transform: Transform, epoch: int, indices: Indices) -> Placements:
+    """Return the placements of some samples of a beton."""
+    return transform.placements(epoch, indices, beton.heights[indices], beton.widths[indices])
 
 
 def open_loader(

@@ -23,8 +23,8 @@ PIECE_BYTES = 2**21
 class Pages:
     """The pages that some batches need, a few batches ahead, as a context manager.
 
-    Batches are fetched in order. Between its fetch and its release a batch's bytes stay where they are; then pages that
-    no later batch needs make room for others.
+    Batches are fetched and released in order. Between its fetch and its release a batch's bytes stay where they are;
+    then pages that no later batch needs make room for others.
 
     Args:
         beton: The files.
@@ -57,8 +57,7 @@ class Pages:
         self._failures: dict[int, DataError] = {}
         self._next_read = 0
         self._num_fetched = 0
-        self._num_left = 0  # the first of the batches that are not released
-        self._released: set[int] = set()
+        self._num_released = 0
         self._closed = False
         self._files: dict[Path, int] = {}
         self._opening = threading.Lock()
@@ -91,7 +90,7 @@ class Pages:
             DataError: A file cannot be read or ended too early (names it), or the context was left meanwhile.
         """
         assert batch == self._num_fetched
-        assert batch < self._num_left + self._ahead, "release batches before fetching more"
+        assert batch < self._num_released + self._ahead, "release batches before fetching more"
         pages = self._batch_pages[batch]
         with self._changed:
             self._changed.wait_for(lambda: self._closed or self._there[pages].all())
@@ -103,14 +102,11 @@ class Pages:
         return self._flat, self._slot_of[pages] * self.slot_bytes + self._in_page[batch]
 
     def release(self, batch: int) -> None:
-        """Say that a fetched batch is read no more; batches may be released in any order."""
-        assert batch < self._num_fetched
+        """Say that a fetched batch is read no more."""
+        assert batch == self._num_released < self._num_fetched
         with self._changed:
-            self._released.add(batch)
-            while self._num_left in self._released:
-                self._released.remove(self._num_left)
-                self._free.extend(self._slot_of[self._last_used_in[self._num_left]].tolist())
-                self._num_left += 1
+            self._free.extend(self._slot_of[self._last_used_in[batch]].tolist())
+            self._num_released += 1
             self._changed.notify_all()
 
     def _plan(self, index_batches: Sequence[Indices]) -> None:
@@ -159,7 +155,7 @@ class Pages:
 
     def _is_due(self) -> bool:
         done = self._next_read == len(self._pages)
-        return done or bool(self._first_used[self._next_read] < self._num_left + self._ahead)
+        return done or bool(self._first_used[self._next_read] < self._num_released + self._ahead)
 
     def _read(self, page: int) -> None:
         path, offset, size = self._beton.page(int(self._pages[page]))

@@ -17,8 +17,6 @@ from itertools import islice
 from pathlib import Path
 from threading import Lock
 
-import numpy as np
-
 from bdkd_dist.config import Data
 from bdkd_dist.data.converting import (
     BrokenImage,
@@ -82,7 +80,7 @@ def prepare_source(source: Source, data: Data, progress: Progress | None = None)
                 shutil.rmtree(folder, ignore_errors=True)  # one that lost its manifest
                 rules = Rules(data.max_side_px, data.jpeg_quality)
                 try:
-                    _build(source, folder, rules, here(data), f"data.prepared={data.prepared}", progress)
+                    _build(source, folder, rules, in_this_process(data), f"data.prepared={data.prepared}", progress)
                 except BrokenImage:  # mended, it will be another source
                     shutil.rmtree(_building(folder), ignore_errors=True)
                     raise
@@ -107,28 +105,10 @@ def prepare_into(
         return _build(source, folder, rules, convert, str(folder), progress)
 
 
-def here(data: Data) -> ConvertAll:
+def in_this_process(data: Data) -> ConvertAll:
     """Return what converts pieces in this process, with ``data.threads`` threads or one for each core."""
     threads = data.threads or len(os.sched_getaffinity(0))
     return lambda tasks, tell: convert_all(tasks, threads, tell)
-
-
-def labelled(source: Source) -> Source:
-    """Return a source without splits that are empty or, as published for contests, unlabelled (-1 throughout).
-
-    Raises:
-        UserError: No split is left, or a label is not that of a class.
-    """
-    splits = {name: split for name, split in source.splits.items() if len(split) and np.any(split.labels != -1)}
-    if not splits:
-        raise UserError(f"{source.name} holds no images with labels")
-    K = len(source.class_names)
-    for name, split in splits.items():
-        wrong = np.flatnonzero((split.labels < 0) | (split.labels >= K))
-        if len(wrong):
-            label = split.labels[wrong[0]]
-            raise UserError(f"{source.name}: {name} image {wrong[0]} has label {label} (allowed: 0 to {K - 1})")
-    return replace(source, splits=splits)
 
 
 def _same(prepared: Prepared, source: Source, rules: Rules) -> Prepared:

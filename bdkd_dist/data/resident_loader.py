@@ -13,7 +13,7 @@ from bdkd_dist.data.augment import Placements, Transform
 from bdkd_dist.data.beton import Beton
 from bdkd_dist.data.image_ops import on_device
 from bdkd_dist.data.kernels import render
-from bdkd_dist.data.loader import Batch, DataError, Loader
+from bdkd_dist.data.loader import Batch, DataError, Loader, placements_of
 from bdkd_dist.data.order import Indices
 from bdkd_dist.errors import UserError
 
@@ -68,8 +68,7 @@ class ResidentLoader(Loader):
 
     def _make(self, stored: "_Images", epoch: int, indices: Indices, px: int) -> tuple[Tensor, Tensor]:
         """Return (N, px, px, 3) images and (N,) labels."""
-        heights, widths = self._beton.heights[indices], self._beton.widths[indices]
-        placements = self._transform.placements(epoch, indices, heights, widths)
+        placements = placements_of(self._beton, self._transform, epoch, indices)
         samples = on_device(indices, self._device)
         make = _make_on_cpu if _is_cpu(self._device) else _make_on_gpu
         return make(stored, samples, placements, px), self._labels[samples]

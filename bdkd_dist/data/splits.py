@@ -1,18 +1,29 @@
-"""Held-out splits and limited subsets as functions of the labels alone.
+"""Which split is the test's; held-out splits and limited subsets as functions of the labels alone.
 
 Which samples are chosen follows from a hash of (salt, position): no generator's state, no training seed and no
 NumPy version has a part in it.
 """
 
 import hashlib
+from collections.abc import Mapping
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
+from bdkd_dist.data.order import Indices
 from bdkd_dist.data.randomness import bits
 from bdkd_dist.errors import UserError
 
-Indices = npt.NDArray[np.int64]
+T = TypeVar("T")
+
+
+def with_test(splits: Mapping[str, T]) -> dict[str, T]:
+    """Return splits by name; where none is called ``test``, that of validation becomes it (ImageNet as it comes)."""
+    named = dict(splits)
+    if "test" not in named and "validation" in named:
+        named["test"] = named.pop("validation")
+    return named
 
 
 def stratified(labels: Indices, fraction: float, salt: str = "validation") -> tuple[Indices, Indices]:

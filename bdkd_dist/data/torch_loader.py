@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
-from bdkd_dist.data.augment import Placements, Transform
+from bdkd_dist.data.augment import Transform
 from bdkd_dist.data.beton import Beton
 from bdkd_dist.data.kernels import Pixels, reduction_of, render
-from bdkd_dist.data.loader import Batch, DataError, Loader
+from bdkd_dist.data.loader import Batch, DataError, Loader, placements_of
 from bdkd_dist.data.order import Indices
 
 Task = tuple[int, Indices]
@@ -45,11 +45,6 @@ def render_sample(beton: Beton, index: int, placement: np.ndarray, out: Pixels) 
     render(pixels, placement, out, reduction, 0, 0)
 
 
-def placements_of(beton: Beton, transform: Transform, epoch: int, indices: Indices) -> Placements:
-    """Return the placements of some samples of a beton."""
-    return transform.placements(epoch, indices, beton.heights[indices], beton.widths[indices])
-
-
 class _Batches(Dataset[Batch | DataError]):
     """Maps a task to its batch; an error is returned, as the DataLoader would bury a raised one in traces."""
 
@@ -74,33 +69,20 @@ class _Batches(Dataset[Batch | DataError]):
         return Batch(images, labels, torch.from_numpy(indices.copy()))
 
 
-class _Tasks(Sampler[Task]):
-    """The tasks of the iteration that begins next."""
-
-    def __init__(self) -> None:
-        self.tasks: list[Task] = []
-
-    def __iter__(self) -> Iterator[Task]:
-        return iter(self.tasks)
-
-    def __len__(self) -> int:
-        return len(self.tasks)
-
-
 class TorchLoader(Loader):
     """Reads with worker processes, or in this process where one is enough; see :func:`~.loader.open_loader`."""
 
     def __init__(self, beton: Beton, transform: Transform, threads: int, pinned: bool = False) -> None:
         self._batches = _Batches(beton, transform)
-        self._tasks = _Tasks()
+        self._tasks: list[Task] = []  # of the iteration that begins next
         self._processes = threads if threads > 1 else 0
         self._pinned = pinned
         self._loader: DataLoader[Any] | None = None
 
     def batches(self, epoch: int, index_batches: Sequence[Indices]) -> Iterator[Batch]:
         """See :meth:`Loader.batches`."""
-        self._tasks.tasks = [(epoch, indices) for indices in index_batches]
-        if not self._tasks.tasks:
+        self._tasks[:] = [(epoch, indices) for indices in index_batches]
+        if not self._tasks:
             return
         if self._loader is None:
             self._loader = self._start()
@@ -110,7 +92,7 @@ class TorchLoader(Loader):
             for loaded in iteration:
                 if isinstance(loaded, DataError):
                     raise loaded
-                yield Batch(*loaded)
+                yield loaded
         except DataError:
             raise
         except (RuntimeError, OSError, EOFError) as error:  # a process was killed, maybe while it handed over a batch
@@ -132,7 +114,6 @@ class TorchLoader(Loader):
             self._batches,
             sampler=self._tasks,
             batch_size=None,  # a task is a whole batch
-            collate_fn=_as_it_is,
             num_workers=self._processes,
             persistent_workers=self._processes > 0,
             multiprocessing_context=context,
@@ -154,7 +135,3 @@ def _sigint_blocked() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _as_it_is(loaded: Any) -> Any:
-    return loaded

@@ -16,9 +16,9 @@ from rich.text import Text
 from bdkd_dist import config
 from bdkd_dist.config import Data
 from bdkd_dist.data.converting import Rules, Undecodable
-from bdkd_dist.data.prepare import REPORT, Progress, here, labelled, prepare_into
+from bdkd_dist.data.prepare import REPORT, Progress, in_this_process, prepare_into
 from bdkd_dist.data.prepared import Prepared, is_prepared, verify
-from bdkd_dist.data.sources import Source, find_source
+from bdkd_dist.data.sources import Source, find_source, labelled
 from bdkd_dist.data.storing import Check
 from bdkd_dist.errors import UserError, unknown
 
@@ -80,7 +80,7 @@ def prepare(
     data, out = _settings(source, rules, overrides), out.expanduser().resolve()
     found, was_there, start = labelled(_found(data)), is_prepared(out), time.monotonic()
     if address is None:
-        convert = here(data)
+        convert = in_this_process(data)
     else:
         from bdkd_dist.launch.ray_prepare import on_ray
 

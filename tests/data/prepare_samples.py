@@ -9,9 +9,9 @@ from fake_sources import data, encode, noise, write_shard
 
 from bdkd_dist.config import Data
 from bdkd_dist.data.converting import Rules, convert_all
-from bdkd_dist.data.prepare import Progress, labelled, prepare_into
+from bdkd_dist.data.prepare import Progress, prepare_into
 from bdkd_dist.data.prepared import MANIFEST, Prepared
-from bdkd_dist.data.sources import Piece, Sample, Source, SourceSplit, find_source
+from bdkd_dist.data.sources import Piece, Sample, Source, SourceSplit, find_source, labelled
 
 IMAGES = 20
 SHARDS = {"train": 3, "test": 1}
@@ -68,7 +68,7 @@ def source_of(pieces: dict[str, list[list[bytes]]]) -> Source:
             labels = np.arange(len(images)) % 2
             size = sum(map(len, images))
             made.append(Piece(f"piece {number}", labels, partial(read, images, f"{split}-{number}"), size))
-        splits[split] = SourceSplit(split, tuple(made))
+        splits[split] = SourceSplit(tuple(made))
     return Source("made", ("a", "b"), splits, "f" * 64)
 
 

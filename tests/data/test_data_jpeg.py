@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jpeg_boxes import JPEGError, decode_box
 from loader_samples import picture
 from PIL import Image
 
 from bdkd_dist.data import jpeg
 from bdkd_dist.data.kernels import window_of
-from bdkd_dist.errors import UserError
 
 needs_native = pytest.mark.skipif(not jpeg.available(), reason="the native decoder is not built")
 SUBSAMPLINGS = {"4:4:4": 0x111111, "4:2:2": 0x211111, "4:2:0": 0x221111, "4:4:0": 0x121111, "4:1:1": 0x411111}
@@ -82,7 +82,7 @@ def test_a_box_has_the_pixels_of_the_full_decode(
     assert full.shape == (rows, columns, 3)
     top, left = int(cut[0] * (rows - 1)), int(cut[1] * (columns - 1))
     box = (top, left, 1 + int(cut[2] * (rows - top - 1)), 1 + int(cut[3] * (columns - left - 1)))
-    window = jpeg.decode_box(encoded, (height, width), box, reduction)
+    window = decode_box(encoded, (height, width), box, reduction)
     assert window.top == top
     assert window.left <= left
     got = window.pixels[:, left - window.left :][:, : box[3]]
@@ -100,7 +100,7 @@ def test_the_cases_are_subsampled_as_they_say(subsampling: str) -> None:
 @needs_native
 def test_columns_beside_the_box_are_left_out() -> None:
     encoded = encode(np.zeros((64, 640, 3), np.uint8), "4:2:0", False, 0)
-    window = jpeg.decode_box(encoded, (64, 640), (10, 300, 20, 40))
+    window = decode_box(encoded, (64, 640), (10, 300, 20, 40))
     assert window.pixels.shape[0] == 20
     assert 40 <= window.pixels.shape[1] <= 40 + 16 + 4
 
@@ -110,10 +110,10 @@ def test_rows_below_the_box_are_not_read() -> None:
     encoded = encode(picture(1), "4:2:0", False, 0)
     height, width = picture(1).shape[:2]
     cut = encoded[: len(encoded) // 2]
-    upper = jpeg.decode_box(cut, (height, width), (0, 0, 16, width)).pixels
+    upper = decode_box(cut, (height, width), (0, 0, 16, width)).pixels
     assert np.array_equal(upper, pillow(encoded)[:16])
-    with pytest.raises(jpeg.JPEGError, match="damaged"):
-        jpeg.decode_box(cut, (height, width), (0, 0, height, width))
+    with pytest.raises(JPEGError, match="damaged"):
+        decode_box(cut, (height, width), (0, 0, height, width))
     assert not jpeg.check(cut)
 
 
@@ -133,8 +133,8 @@ def test_any_bytes_give_pixels_or_an_error(content: bytes, start: int, seed: int
     encoded = encode(picture(seed), "4:2:0", progressive, 0)
     for broken in (content, encoded[:start] + content + encoded[start + len(content) :]):
         try:
-            pixels = jpeg.decode_box(broken, (height, width), (0, 0, height, width)).pixels
-        except jpeg.JPEGError:
+            pixels = decode_box(broken, (height, width), (0, 0, height, width)).pixels
+        except JPEGError:
             assert not jpeg.check(broken)
         else:
             assert pixels.shape == (height, width, 3)
@@ -155,16 +155,16 @@ def test_colours_that_it_leaves_to_pillow_are_told(mode: str) -> None:
     Image.fromarray(picture(4)).convert(mode).save(stream, "JPEG")
     assert jpeg.check(stream.getvalue()) == (mode == "RGB")
     if mode == "CMYK":
-        with pytest.raises(jpeg.JPEGError, match="colour space"):
-            jpeg.decode_box(stream.getvalue(), picture(4).shape[:2], (0, 0, 1, 1))  # type: ignore[arg-type]
+        with pytest.raises(JPEGError, match="colour space"):
+            decode_box(stream.getvalue(), picture(4).shape[:2], (0, 0, 1, 1))  # type: ignore[arg-type]
 
 
 @needs_native
 def test_another_size_than_the_declared_one_is_told() -> None:
     height, width = picture(5).shape[:2]
     encoded = encode(picture(5), "4:2:0", False, 0)
-    with pytest.raises(jpeg.JPEGError, match="size"):
-        jpeg.decode_box(encoded, (height, width - 1), (0, 0, 1, 1))
+    with pytest.raises(JPEGError, match="size"):
+        decode_box(encoded, (height, width - 1), (0, 0, 1, 1))
 
 
 @needs_native
@@ -178,7 +178,7 @@ def test_nothing_is_printed_and_threads_do_not_meet(capfd: pytest.CaptureFixture
         for _ in range(200):
             if jpeg.check(cut):
                 wrong.append("damage unseen")
-            if not np.array_equal(jpeg.decode_box(sound, (height, width), (0, 0, height, width)).pixels, want):
+            if not np.array_equal(decode_box(sound, (height, width), (0, 0, height, width)).pixels, want):
                 wrong.append("pixels")
 
     threads = [threading.Thread(target=work) for _ in range(4)]
@@ -223,8 +223,8 @@ def test_a_window_covers_its_box_and_no_more(reduction: int) -> None:
             assert touched == set(range(first, first + count))
 
 
-def test_without_the_library_it_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jpeg, "library", lambda: None)
+def test_a_library_that_was_not_built_is_not_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(jpeg, "LIBRARY", tmp_path / jpeg.LIBRARY.name)
+    monkeypatch.setattr(jpeg, "library", jpeg.library.__wrapped__)  # what was found before is kept
+    assert jpeg.library() is None
     assert not jpeg.available()
-    with pytest.raises(UserError, match="make setup"):
-        jpeg.check(b"")

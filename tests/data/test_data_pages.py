@@ -3,6 +3,7 @@
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -67,16 +68,14 @@ def test_each_batch_finds_its_bytes_until_it_is_released(
 ) -> None:
     batches = cut(np.random.default_rng(seed).permutation(2 * PER_FILE)[: data.draw(st.integers(1, 60))], size)
     with Pages(beton, batches, threads, ahead) as pages:
-        open_batches: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-        oldest = 0
+        open_batches: deque[tuple[int, tuple[np.ndarray, np.ndarray]]] = deque()
         for number in range(len(batches)):
-            while number >= oldest + ahead or (open_batches and data.draw(st.booleans())):
-                late = oldest if number >= oldest + ahead else data.draw(st.sampled_from(sorted(open_batches)))
-                assert_right(beton, open_batches.pop(late), batches[late])  # not written over so far
-                pages.release(late)
-                oldest = min(open_batches, default=number)
-            open_batches[number] = pages.fetch(number)
-        for late, fetched in open_batches.items():
+            while len(open_batches) == ahead or (open_batches and data.draw(st.booleans())):
+                oldest, fetched = open_batches.popleft()
+                assert_right(beton, fetched, batches[oldest])  # not written over so far
+                pages.release(oldest)
+            open_batches.append((number, pages.fetch(number)))
+        for late, fetched in open_batches:
             assert_right(beton, fetched, batches[late])
 
 
@@ -142,6 +141,18 @@ def test_too_many_open_batches_are_refused_instead_of_waited_for(beton: Beton) -
         pages.fetch(1)
         with pytest.raises(AssertionError, match="release"):
             pages.fetch(2)
+
+
+def test_batches_are_released_in_order_once_they_were_fetched(beton: Beton) -> None:
+    with Pages(beton, cut(np.arange(20), 5)) as pages:
+        with pytest.raises(AssertionError):
+            pages.release(0)
+        pages.fetch(0)
+        pages.fetch(1)
+        with pytest.raises(AssertionError):
+            pages.release(1)
+        pages.release(0)
+        pages.release(1)
 
 
 def test_pages_are_read_ahead_of_fetches_and_no_further(beton: Beton, monkeypatch: pytest.MonkeyPatch) -> None:

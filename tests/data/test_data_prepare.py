@@ -19,7 +19,7 @@ from bdkd_dist.config import Data
 from bdkd_dist.data.beton import Beton
 from bdkd_dist.data.converting import BrokenImage, Rules, Task, convert_all
 from bdkd_dist.data.dataset import load_dataset
-from bdkd_dist.data.prepare import here, prepare, prepare_into
+from bdkd_dist.data.prepare import in_this_process, prepare, prepare_into
 from bdkd_dist.data.prepared import Prepared, verify
 from bdkd_dist.data.sources import Piece, Sample, find_source, open_source
 from bdkd_dist.errors import UserError
@@ -190,18 +190,18 @@ def test_files_of_others_in_the_building_folder_stay(folder: Data, tmp_path: Pat
     (tmp_path / "house.building").mkdir()
     (tmp_path / "house.building" / "plan.txt").write_text("mine")
     with pytest.raises(UserError, match=r"house\.building holds other files \(plan\.txt\)"):
-        prepare_into(source, out, Rules(), here(folder))
+        prepare_into(source, out, Rules(), in_this_process(folder))
     assert (tmp_path / "house.building" / "plan.txt").read_text() == "mine"
 
 
 def test_a_set_with_images_left_out_is_not_one_without(folder: Data, tmp_path: Path) -> None:
     (Path(str(folder.root)) / "train" / "b" / "2.png").write_bytes(b"no image")
     source, out = find_source(folder), tmp_path / "out"
-    made = prepare_into(source, out, Rules(undecodable="leave-out"), here(folder))
+    made = prepare_into(source, out, Rules(undecodable="leave-out"), in_this_process(folder))
     assert made.left_out == {"train": 1}
-    assert prepare_into(source, out, Rules(undecodable="leave-out"), here(folder)) == made
+    assert prepare_into(source, out, Rules(undecodable="leave-out"), in_this_process(folder)) == made
     with pytest.raises(UserError, match=r"was prepared without the images that could not be decoded"):
-        prepare_into(source, out, Rules(), here(folder))
+        prepare_into(source, out, Rules(), in_this_process(folder))
 
 
 def test_a_broken_image_ends_the_pieces_that_have_not_begun(tmp_path: Path) -> None:

@@ -36,9 +36,9 @@ from bdkd_dist.config import Data
 from bdkd_dist.data.beton import Beton
 from bdkd_dist.data.converting import Rules
 from bdkd_dist.data.dataset import load_dataset
-from bdkd_dist.data.prepare import labelled, prepare
+from bdkd_dist.data.prepare import prepare
 from bdkd_dist.data.prepared import MANIFEST, read_manifest, sha256_of, verify
-from bdkd_dist.data.sources import SourceSplit, find_source
+from bdkd_dist.data.sources import SourceSplit, find_source, labelled
 from bdkd_dist.errors import UserError
 
 
@@ -237,7 +237,7 @@ def test_a_source_that_vanishes_midway_is_named_and_what_is_whole_kept(shards: D
 def test_a_source_with_other_images_than_it_said_is_refused(tmp_path: Path, images: int) -> None:
     source = source_of({"train": [[picture(0)] * 2]})
     piece = replace(source.splits["train"].pieces[0], iterate=partial(read, [picture(0)] * images, "train"))
-    source = replace(source, splits={"train": SourceSplit("train", (piece,))})
+    source = replace(source, splits={"train": SourceSplit((piece,))})
     line = f"train, piece piece 0: {images} images came instead of 2: the source has changed"
     with pytest.raises(UserError, match=line):
         prepare_made(source, tmp_path / "out", Rules())
@@ -249,13 +249,13 @@ def test_labels_outside_the_classes_are_named(labels: list[int]) -> None:
     source = source_of({"train": [[picture(0)] * 2]})
     piece = replace(source.splits["train"].pieces[0], labels=np.array(labels))
     with pytest.raises(UserError, match=r"made: train image \d has label (2|-1) \(allowed: 0 to 1\)"):
-        labelled(replace(source, splits={"train": SourceSplit("train", (piece,))}))
+        labelled(replace(source, splits={"train": SourceSplit((piece,))}))
 
 
 def test_a_split_without_labels_is_left_out() -> None:
     source = source_of({"train": [[picture(0)] * 2], "test": [[picture(0)] * 2], "validation": []})
     piece = replace(source.splits["test"].pieces[0], labels=np.array([-1, -1]))
-    splits = source.splits | {"test": SourceSplit("test", (piece,))}
+    splits = source.splits | {"test": SourceSplit((piece,))}
     assert list(labelled(replace(source, splits=splits)).splits) == ["train"]
     with pytest.raises(UserError, match="made holds no images with labels"):
         labelled(replace(source, splits={"test": splits["test"]}))

@@ -76,7 +76,7 @@ def test_after_a_stop_leaving_out_goes_on_with_the_whole_pieces(tmp_path: Path) 
         replace(piece, iterate=partial(counted, number, contents[number]))
         for number, piece in enumerate(source.splits["train"].pieces)
     )
-    source = replace(source, splits={"train": SourceSplit("train", pieces)})
+    source = replace(source, splits={"train": SourceSplit(pieces)})
     one_by_one = lambda tasks, tell: [convert_all([task], 1, tell)[0] for task in tasks]  # noqa: E731
     with pytest.raises(UserError, match="cannot be decoded"):
         prepare_into(source, tmp_path / "out", Rules(), one_by_one)

@@ -95,8 +95,14 @@ def test_a_validation_split_is_the_test_split_where_no_other_has_labels(tmp_path
     unlabelled = open_source(data(root=str(tmp_path)))
     for source in (without, unlabelled):
         assert sorted(source.splits) == ["test", "train"]
-        assert source.splits["test"].name == "test"
         assert source.splits["test"].labels.tolist() == [1, 1, 0]
+
+
+def test_an_unlabelled_validation_split_is_left_out(tmp_path: Path) -> None:
+    write_splits(tmp_path, train=[0, 1], validation=[-1, -1], test=[1, 0])
+    assert sorted(open_source(data(root=str(tmp_path))).splits) == ["test", "train"]
+    (tmp_path / "test-00000-of-00001.parquet").unlink()
+    refuse("neither a test nor a validation split with labels", root=str(tmp_path))
 
 
 def test_images_stream_from_a_shard(tmp_path: Path) -> None:

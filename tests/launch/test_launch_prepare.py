@@ -253,7 +253,7 @@ SLOW = textwrap.dedent("""
                 yield Sample(stream.getvalue(), n % 2, f"made {n}")
 
     pieces = tuple(Piece(f"piece {s}", np.arange(512) % 2, Slowly(s, sys.argv[2]), 512 * 40_000) for s in range(3))
-    source = Source("made", ("a", "b"), {"train": SourceSplit("train", pieces)}, "f" * 64)
+    source = Source("made", ("a", "b"), {"train": SourceSplit(pieces)}, "f" * 64)
     prepare_into(source, Path(sys.argv[1]), Rules(), on_ray("local"))
 """)
 

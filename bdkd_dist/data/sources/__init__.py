@@ -16,10 +16,11 @@ from bdkd_dist.data.sources.folders import flat_folder, image_folder
 from bdkd_dist.data.sources.parquet import fingerprint_of_shards, parquet_shards
 from bdkd_dist.data.sources.storage import File, Place, in_parallel
 from bdkd_dist.data.sources.tars import fingerprint_of_tars, tar_files
+from bdkd_dist.data.splits import with_test
 from bdkd_dist.errors import UserError
 from bdkd_dist.uris import shown
 
-__all__ = ["Piece", "Sample", "Source", "SourceSplit", "find_source", "listed_source", "open_source"]
+__all__ = ["Piece", "Sample", "Source", "SourceSplit", "find_source", "labelled", "listed_source", "open_source"]
 
 HOW = (
     "a folder of Parquet shards (train-*.parquet), an image folder (train/<class>/...) or a folder of tars "
@@ -62,6 +63,18 @@ def find_source(data: Data, without_classes: bool = False) -> Source:
         raise UserError(f"data.root is not set: give {HOW}{download}")
     state = "holds none of these: give" if place.is_folder() else "does not exist: give"
     raise UserError(f"data.root={shown(str(data.root))} {state} {HOW}")
+
+
+def labelled(source: Source) -> Source:
+    """Return a source without splits that are empty or, as published for contests, unlabelled (-1 throughout).
+
+    Raises:
+        UserError: No split is left, or a label is not that of a class.
+    """
+    if not (splits := _labelled_splits(source)):
+        raise UserError(f"{source.name} holds no images with labels")
+    _check_labels(splits, len(source.class_names), source.name)
+    return replace(source, splits=splits)
 
 
 def listed_source(data: Data) -> tuple[str, str] | None:
@@ -124,23 +137,25 @@ def _found(place: Place, data: Data, without_classes: bool) -> Source | None:
 
 def _checked(source: Source, data: Data) -> Source:
     """Settle which split is which and check labels."""
-    splits, K = {name: split for name, split in source.splits.items() if len(split)}, len(source.class_names)
+    splits, K = with_test(_labelled_splits(source)), len(source.class_names)
     where = f"the source {shown(data.root) if data.root else source.name}"
-    if "test" in splits and np.all(splits["test"].labels == -1):
-        del splits["test"]  # unlabelled, as published for contests
-    if "test" not in splits and "validation" in splits:
-        splits["test"] = replace(splits.pop("validation"), name="test")
     if "test" not in splits:
         raise UserError(f"{where} has neither a test nor a validation split with labels")
     if "train" not in splits or len(np.unique(splits["train"].labels)) < 2:
         raise UserError(f"{where} has training images of fewer than two classes")
     if data.num_classes != K:
         raise UserError(f"data.num_classes={data.num_classes}: {where} has {K} classes")
+    _check_labels(splits, K, where)
+    return replace(source, splits=splits)
+
+
+def _labelled_splits(source: Source) -> dict[str, SourceSplit]:
+    return {name: split for name, split in source.splits.items() if len(split) and np.any(split.labels != -1)}
+
+
+def _check_labels(splits: dict[str, SourceSplit], K: int, where: str) -> None:
     for name, split in splits.items():
         wrong = np.flatnonzero((split.labels < 0) | (split.labels >= K))
         if len(wrong):
-            position = int(wrong[0])
-            raise UserError(
-                f"{where}: {name} image {position} has label {split.labels[position]} (allowed: 0 to {K - 1})"
-            )
-    return replace(source, splits=splits)
+            label = split.labels[wrong[0]]
+            raise UserError(f"{where}: {name} image {wrong[0]} has label {label} (allowed: 0 to {K - 1})")

@@ -33,7 +33,7 @@ def digits(data: Data) -> Source:
     for name, where in (("train", train), ("test", test)):
         enlarged = partial(_enlarged, grey[where], labels[where], data.image_px)
         piece = Piece(name, labels[where], enlarged, 3 * data.image_px**2 * len(where))
-        splits[name] = SourceSplit(name, (piece,))
+        splits[name] = SourceSplit((piece,))
     pixels = hashlib.sha256(grey.tobytes() + labels.tobytes()).hexdigest()
     return Source("digits", tuple("0123456789"), splits, fingerprint("digits", data, [pixels]))
 
@@ -85,7 +85,7 @@ def _file(root: Path, path: str) -> File:
 
 
 def _split(name: str, images: npt.NDArray[np.uint8], labels: Labels) -> SourceSplit:
-    return SourceSplit(name, (Piece(name, labels, partial(_samples, images, labels), images.nbytes),))
+    return SourceSplit((Piece(name, labels, partial(_samples, images, labels), images.nbytes),))
 
 
 def _samples(images: npt.NDArray[np.uint8], labels: Labels) -> Iterator[Sample]:

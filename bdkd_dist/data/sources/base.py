@@ -60,7 +60,6 @@ class Piece:
 class SourceSplit:
     """The images of a split: its pieces, one behind the other."""
 
-    name: str
     pieces: tuple[Piece, ...]
 
     @cached_property

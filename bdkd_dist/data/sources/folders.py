@@ -78,7 +78,7 @@ def _split(place: Place, name: str, files: list[File], labels: Labels) -> Source
         read = partial(_samples, place, tuple(files[some]), labels[some])
         title = f"{name} files {some.start} to {some.stop - 1}"
         pieces.append(Piece(title, labels[some], read, sum(file.size for file in files[some])))
-    return SourceSplit(name, tuple(pieces))
+    return SourceSplit(tuple(pieces))
 
 
 def _samples(place: Place, files: tuple[File, ...], labels: Labels) -> Iterator[Sample]:

@@ -54,7 +54,7 @@ def parquet_shards(place: Place, shards: dict[str, list[File]], data: Data) -> S
     pieces: dict[str, list[Piece]] = {split: [] for split in sorted(shards)}
     for (split, file), summary in zip(every, summaries, strict=True):
         pieces[split] += _pieces(place, file, image, summary)
-    splits = {split: SourceSplit(split, tuple(these)) for split, these in pieces.items()}
+    splits = {split: SourceSplit(tuple(these)) for split, these in pieces.items()}
     names = _class_names(schema, label) or [str(k) for k in range(int(splits["train"].labels.max(initial=-1)) + 1)]
     return Source(source_name(place, data), tuple(names), splits, fingerprint_of_shards(shards, data))
 

@@ -218,7 +218,7 @@ def _split(place: Place, name: str, images: list[_Image], labels: Labels) -> Sou
         title = f"{where} images {some.start} to {some.stop - 1}"
         read = partial(_samples, place, these, labels[some], mixed)
         pieces.append(Piece(title, labels[some], read, sum(image.size for image in these)))
-    return SourceSplit(name, tuple(pieces))
+    return SourceSplit(tuple(pieces))
 
 
 def _in_runs(labels: Labels) -> bool:
