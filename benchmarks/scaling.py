@@ -34,6 +34,7 @@ from typing import Any
 import ray_overhead as runs
 import torch
 import torch.distributed as dist
+from machine import header
 from scaling_model import FLOPS_PER_MAC, PUBLISHED, Layer, Links, Settings, layers_of, predict
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -53,7 +54,7 @@ def main() -> None:
         mute()
         runs.rank_main(arguments.muted_rank)
     else:
-        print(runs.machine())
+        print(header())
         ratio = None if arguments.model_only else measure(arguments)
         predict_gpus(arguments)
         compare_published(arguments)
