@@ -10,42 +10,35 @@ uint8, the images are float32 already. Contestants take turns, medians count.
 """
 
 import argparse
-import datetime
-import platform
+import itertools
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
-import torchvision
+from images import write_raw
+from machine import Work, header, rounds
 from torch import Tensor
 from torchvision.transforms import v2
 
-from bdkd_dist.config import Data
+from bdkd_dist.config import Augmentation, Data
 from bdkd_dist.data.appearance import Appearance
 from bdkd_dist.data.augment import Transform
-from bdkd_dist.data.beton import Beton, BetonWriter
-from bdkd_dist.data.loader import chosen, open_loader
+from bdkd_dist.data.loader import Loader, chosen, open_loader
 from bdkd_dist.data.mixing import Mixing
 from bdkd_dist.data.order import epoch_order, rank_batches
 
 CLASSES = 100
 JITTER = (0.4, 0.4, 0.4, 0.1)
-Work = Callable[[int], object]
-"""Takes the number of the round."""
 
 
 def main() -> None:
     arguments = parse()
     device = torch.device(arguments.device)
-    hardware = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    print(
-        f"{datetime.date.today()}  {hardware} ({platform.machine()}), torch {torch.__version__}, "
-        f"torchvision {torchvision.__version__}"
-    )
+    print(header(threads=True, packages=["torchvision"]))
     with tempfile.TemporaryDirectory() as folder:
         epochs(Path(folder) / "images.beton", arguments.images, arguments.rounds, device)
     for count, px in ((256, 32), (64, 224)):
@@ -60,30 +53,36 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def epochs(path: Path, count: int, rounds: int, device: torch.device) -> None:
-    generator = np.random.default_rng(0)
-    with BetonWriter(path, count) as writer:
-        for label in range(count):
-            writer.append_raw(generator.integers(0, 256, (32, 32, 3), dtype=np.uint8), label % CLASSES)
-    beton, indices = Beton(path), np.arange(count)
-    for crop in ("pad", "resized"):
-        transform = Transform(32, crop, 4, 0.08, 4 / 3, True, 1.0, 0)  # type: ignore[arg-type]
-        work: dict[str, Work] = {}
-        for kind in ("resident", "ffcv") if chosen("auto") == "ffcv" else ("resident",):
-            loader = open_loader(kind, beton, transform, torch.get_num_threads(), device=device)  # type: ignore[arg-type]
-
-            def epoch(number: int, loader=loader) -> None:  # type: ignore[no-untyped-def]
-                for _ in loader.batches(number, rank_batches(epoch_order(indices, 0, number), 256, 0, 1)):
-                    pass
-
-            work[kind] = epoch
-        times = measure(work, rounds, device)
+def epochs(path: Path, count: int, num_rounds: int, device: torch.device) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
+    beton = write_raw(path, pixels, np.arange(count) % CLASSES)
+    crops: tuple[Literal["pad", "resized"], ...] = ("pad", "resized")
+    kinds: tuple[Literal["resident", "ffcv"], ...] = ("resident", "ffcv")
+    for crop in crops:
+        transform = Transform(32, crop, 4, 0.08, 4 / 3, True, 1.0, 0)
+        work: dict[str, Work] = {
+            kind: reading(open_loader(kind, beton, transform, torch.get_num_threads(), device=device), count)
+            for kind in kinds[: 2 if chosen("auto") == "ffcv" else 1]
+        }
+        times = medians(work, num_rounds, device)
         line = ", ".join(f"{kind} {1e3 * s:.1f} ms ({count / s:,.0f} images/s)" for kind, s in times.items())
         ratio = f", ffcv/resident = {times['ffcv'] / times['resident']:.2f}" if "ffcv" in times else ""
         print(f"an epoch of {count:,} images of 32 px, crop={crop}: {line}{ratio}")
 
 
-def batches(count: int, px: int, rounds: int, device: torch.device) -> None:
+def reading(loader: Loader, count: int) -> Work:
+    """An epoch, each time the next one."""
+    indices, numbers = np.arange(count), itertools.count()
+
+    def epoch() -> None:
+        number = next(numbers)
+        for _ in loader.batches(number, rank_batches(epoch_order(indices, 0, number), 256, 0, 1)):
+            pass
+
+    return epoch
+
+
+def batches(count: int, px: int, num_rounds: int, device: torch.device) -> None:
     generator = torch.Generator().manual_seed(0)
     coarse = torch.randint(0, 256, (count, 3, 8, 8), generator=generator).float()
     smooth = torch.nn.functional.interpolate(coarse, (px, px), mode="bilinear").to(torch.uint8)
@@ -92,7 +91,7 @@ def batches(count: int, px: int, rounds: int, device: torch.device) -> None:
     print(f"\na batch of {count} images of {px} px, in ms")
     print(f"{'':<22}{'ours':>8}{'v2, batch':>11}{'v2, each':>10}{'batch/ours':>12}{'each/ours':>11}")
     for name, work in contestants(images, labels).items():
-        times = measure(work, rounds, device)
+        times = medians(work, num_rounds, device)
         theirs = [times[kind] for kind in ("batch", "each") if kind in times]
         figures = [f"{1e3 * times['ours']:8.2f}"]
         if theirs:
@@ -106,39 +105,36 @@ def contestants(images: Tensor, labels: Tensor) -> dict[str, dict[str, Work]]:
     indices, first = torch.arange(count), images.permute(0, 3, 1, 2)
     as_float = first.float()
 
-    def ours(**augment: object) -> Work:
-        data = Data(dataset="digits", num_classes=CLASSES, image_px=px, augment=augment)  # type: ignore[arg-type]
-        appearance, mixing = Appearance.training(data, 0), Mixing.training(data, 0)
-        return lambda epoch: mixing(appearance(images, indices, epoch), labels, indices, epoch, CLASSES)
+    def ours(**augment: Any) -> Work:
+        data = Data(dataset="digits", num_classes=CLASSES, image_px=px, augment=Augmentation(**augment))
+        appearance, mixing, epochs = Appearance.training(data, 0), Mixing.training(data, 0), itertools.count()
+
+        def batch() -> None:
+            epoch = next(epochs)
+            mixing(appearance(images, indices, epoch), labels, indices, epoch, CLASSES)
+
+        return batch
 
     def theirs(transform: Callable[[Tensor], Tensor]) -> dict[str, Work]:
-        return {"batch": lambda _: transform(first), "each": lambda _: [transform(image) for image in first]}
+        return {"batch": lambda: transform(first), "each": lambda: [transform(image) for image in first]}
 
     names = ("brightness", "contrast", "saturation", "hue")
-    jitter: dict[str, object] = dict(zip(names, JITTER, strict=True))
+    jitter: dict[str, Any] = dict(zip(names, JITTER, strict=True))
     mixup, cutmix = v2.MixUp(num_classes=CLASSES), v2.CutMix(num_classes=CLASSES)
     everything = jitter | {"rand_ops": 2, "cutout_px": px // 4, "mixup_alpha": 0.2, "cutmix_alpha": 1.0}
     return {
         "colour jitter": {"ours": ours(**jitter)} | theirs(v2.ColorJitter(*JITTER)),
         "RandAugment, 2 ops": {"ours": ours(rand_ops=2)} | theirs(v2.RandAugment(2)),
         "cutout": {"ours": ours(cutout_px=px // 4)} | theirs(v2.RandomErasing(1.0, (1 / 16, 1 / 16), (1, 1))),
-        "mixup": {"ours": ours(mixup_alpha=1.0), "batch": lambda _: mixup(as_float, labels)},
-        "cutmix": {"ours": ours(cutmix_alpha=1.0), "batch": lambda _: cutmix(first, labels)},
+        "mixup": {"ours": ours(mixup_alpha=1.0), "batch": lambda: mixup(as_float, labels)},
+        "cutmix": {"ours": ours(cutmix_alpha=1.0), "batch": lambda: cutmix(first, labels)},
         "everything": {"ours": ours(**everything)},
     }
 
 
-def measure(work: dict[str, Work], rounds: int, device: torch.device) -> dict[str, float]:
-    """Return the median seconds of each, after a round that compiles and allocates."""
-    times: dict[str, list[float]] = {name: [] for name in work}
-    for number in range(rounds + 1):
-        for name, run in work.items():
-            began = time.perf_counter()
-            run(number)
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            times[name].append(time.perf_counter() - began)
-    return {name: statistics.median(taken[1:]) for name, taken in times.items()}
+def medians(work: dict[str, Work], num_rounds: int, device: torch.device) -> dict[str, float]:
+    """Return the median seconds of each."""
+    return {name: statistics.median(taken) for name, taken in rounds(work, num_rounds, device=device).items()}
 
 
 if __name__ == "__main__":

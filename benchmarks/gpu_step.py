@@ -21,25 +21,23 @@ import gc
 import os
 import statistics
 import tempfile
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from machine import header
+from images import whole, write_raw
+from machine import clock, header, rounds
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 from bdkd_dist import config, models
 from bdkd_dist.data.augment import Transform
-from bdkd_dist.data.beton import Beton, BetonWriter
-from bdkd_dist.data.dataset import Dataset as Images
-from bdkd_dist.data.dataset import Subset
 from bdkd_dist.data.loader import Batch, open_loader
 from bdkd_dist.data.order import epoch_order, rank_batches
 from bdkd_dist.engine.checkpoint import Checkpoints
@@ -105,9 +103,8 @@ class Ours(Loop):
     def __init__(self, setting: Setting, folder: Path):
         precision = "bf16" if CUDA else "fp32"
         self.recipe = setting.recipe("train.compile=true", f"train.precision={precision}", "data.loader=resident")
-        beton = write_beton(setting, folder / "images.beton")
-        subset = Subset(beton, np.arange(len(beton)), beton.labels)
-        images = Images(subset, subset, subset, tuple(map(str, range(setting.classes))), "")
+        beton = write_raw(folder / "images.beton", setting.pixels(), setting.labels())
+        images = whole(beton, setting.classes)
         self.trainer = Trainer(self.recipe, images, {}, DEVICE, Checkpoints(folder / "checkpoints"), Observers())
         self.trainer.start()
         transform = Transform.training(self.recipe.data, self.recipe.train.seed)
@@ -130,13 +127,6 @@ class Ours(Loop):
         self.trainer._train_step(next(self.batches))
         if self.trainer.step % self.recipe.train.log_every_steps == 0:
             self.trainer._log()
-
-
-def write_beton(setting: Setting, path: Path) -> Beton:
-    with BetonWriter(path, setting.images) as writer:
-        for pixels, label in zip(setting.pixels(), setting.labels(), strict=True):
-            writer.append_raw(pixels, label=int(label))
-    return Beton(path)
 
 
 class Pictures(Dataset[tuple[Tensor, int]]):
@@ -274,13 +264,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9 if CUDA else 5)
     parser.add_argument("--steps", type=int, default=50 if CUDA else 4, help="of a round")
     arguments = parser.parse_args()
-    print(header(".venv/bin/python benchmarks/gpu_step.py"), flush=True)
+    print(header(), flush=True)
     for pair in arguments.pairs:
         with tempfile.TemporaryDirectory() as folder:
             report(pair, Setting.of(pair, arguments.steps), arguments.rounds, arguments.steps, Path(folder))
 
 
-def report(pair: str, setting: Setting, rounds: int, steps: int, folder: Path) -> None:
+def report(pair: str, setting: Setting, count: int, steps: int, folder: Path) -> None:
     """Measure all loops and print their lines."""
     loops: dict[str, Callable[[], Loop]] = {
         "ours": lambda: Ours(setting, folder),
@@ -290,7 +280,7 @@ def report(pair: str, setting: Setting, rounds: int, steps: int, folder: Path) -
     }
     # Of large networks only one loop's tensors fit on the GPU.
     groups = [loops] if setting.px == 32 else [{name: make} for name, make in loops.items()]
-    found = {name: measured for group in groups for name, measured in measure(group, rounds, steps).items()}
+    found = {name: measured for group in groups for name, measured in measure(group, count, steps).items()}
     print(f"\n**{pair.replace(':', ' → ')}**, {setting.px} px, batch {setting.batch}:\n")
     epoch = f" s an epoch of {CIFAR_IMAGES:,} |" if setting.px == 32 else ""
     print(f"| loop | ms a step | images/s |{epoch} peak MiB | s to start |")
@@ -309,20 +299,15 @@ def report(pair: str, setting: Setting, rounds: int, steps: int, folder: Path) -
     )
 
 
-def measure(group: dict[str, Callable[[], Loop]], rounds: int, steps: int) -> dict[str, Measured]:
-    """Return what loops take whose rounds alternate, and let go of them."""
+def measure(group: dict[str, Callable[[], Loop]], count: int, steps: int) -> dict[str, Measured]:
+    """Return what loops take over so many rounds of steps, and let go of them."""
     loops, found = {}, {}
     for name, make in group.items():
         loops[name], found[name] = started(make)
-    for _ in range(rounds):
-        for name, loop in loops.items():
-            synchronise()
-            began = time.perf_counter()
-            for _ in range(steps):
-                loop.step()
-            synchronise()
-            found[name].step_s.append((time.perf_counter() - began) / steps)
-    del loops, loop
+    turns = {name: partial(take, loop, steps) for name, loop in loops.items()}
+    for name, seconds in rounds(turns, count, warm_up=0, device=DEVICE).items():
+        found[name].step_s = [taken / steps for taken in seconds]
+    del loops, turns
     gc.collect()  # recorded steps and workers refer to themselves
     if CUDA:
         torch.cuda.empty_cache()
@@ -332,21 +317,20 @@ def measure(group: dict[str, Callable[[], Loop]], rounds: int, steps: int) -> di
 def started(make: Callable[[], Loop]) -> tuple[Loop, Measured]:
     """Build a loop and take its first steps: compilation, recording, the allocator's growth."""
     baseline = torch.cuda.memory_allocated() if CUDA else 0
-    began = time.perf_counter()
+    began = clock()
     loop = make()
     loop.step()
     if CUDA:
         torch.cuda.reset_peak_memory_stats()  # the first step tried kernels out
-    for _ in range(WARM_UP + 1):
-        loop.step()
-    synchronise()
+    take(loop, WARM_UP + 1)
+    start_s = clock(DEVICE) - began
     peak = torch.cuda.max_memory_allocated() - baseline if CUDA else 0
-    return loop, Measured(time.perf_counter() - began, peak / 2**20)
+    return loop, Measured(start_s, peak / 2**20)
 
 
-def synchronise() -> None:
-    if CUDA:
-        torch.cuda.synchronize()
+def take(loop: Loop, steps: int) -> None:
+    for _ in range(steps):
+        loop.step()
 
 
 if __name__ == "__main__":

@@ -11,26 +11,26 @@ The last line is the share.
 """
 
 import argparse
-import datetime
 import os
-import platform
 import tempfile
-import time
 from pathlib import Path
 
-import numpy as np
 import torch
+from images import whole
 from loader import photographs, synthetic, write
+from machine import clock, header
 
 from bdkd_dist import config
 from bdkd_dist.data.augment import Transform
 from bdkd_dist.data.beton import Beton
-from bdkd_dist.data.dataset import Dataset, Subset
 from bdkd_dist.data.loader import Loader, chosen, open_loader
 from bdkd_dist.data.order import epoch_order, rank_batches
 from bdkd_dist.engine.checkpoint import Checkpoints
 from bdkd_dist.engine.loop import Trainer
 from bdkd_dist.engine.observer import Observers
+
+CLASSES = 10
+"""What `loader.write` deals out."""
 
 
 def main() -> None:
@@ -41,19 +41,15 @@ def main() -> None:
         write(
             path, list(photographs(arguments.data, arguments.images) if arguments.data else synthetic(arguments.images))
         )
-        recipe = recipe_of(arguments, device)
+        recipe = recipe_of(arguments)
         loader = open_loader("auto", Beton(path), Transform.training(recipe.data, seed=0), arguments.threads)
-        trainer = Trainer(recipe, dataset(Beton(path)), {}, device, Checkpoints(Path(folder)), Observers())
+        trainer = Trainer(recipe, whole(Beton(path), CLASSES), {}, device, Checkpoints(Path(folder)), Observers())
         waiting, training, images = measure(trainer, loader, arguments.epochs)
         loader.close()
-    hardware = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    print(header(threads=True))
     print(
-        f"{datetime.date.today()}  {hardware}, {os.cpu_count()} cores ({platform.machine()}), "
-        f"torch {torch.__version__}, {chosen('auto')} loader with {arguments.threads} threads"
-    )
-    print(
-        f"{arguments.teacher} with {arguments.student}, {arguments.px} px, batch {arguments.batch_size}: "
-        f"{images / (waiting + training):.0f} images/s"
+        f"{arguments.teacher} with {arguments.student}, {arguments.px} px, batch {arguments.batch_size}, "
+        f"{chosen('auto')} loader with {arguments.threads} threads: {images / (waiting + training):.0f} images/s"
     )
     print(f"share of the time spent waiting for the loader: {100 * waiting / (waiting + training):.1f} %")
 
@@ -72,22 +68,17 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def recipe_of(arguments: argparse.Namespace, device: torch.device) -> config.Recipe:
+def recipe_of(arguments: argparse.Namespace) -> config.Recipe:
     overrides = {
         "models.teacher": arguments.teacher,
         "models.student": arguments.student,
         "data.image_px": arguments.px,
         "train.batch_size": arguments.batch_size,
         "train.precision": arguments.precision,
-        "data.num_classes": 10,
+        "data.num_classes": CLASSES,
         "train.epochs": arguments.epochs + 1,
     }
     return config.load("imagenet_r34_r18", ["launch.device=auto", *(f"{k}={value}" for k, value in overrides.items())])
-
-
-def dataset(beton: Beton) -> Dataset:
-    subset = Subset(beton, np.arange(len(beton)), beton.labels)
-    return Dataset(subset, subset, subset, tuple(map(str, range(10))), "", "")
 
 
 def measure(trainer: Trainer, loader: Loader, epochs: int) -> tuple[float, float, int]:
@@ -99,25 +90,16 @@ def measure(trainer: Trainer, loader: Loader, epochs: int) -> tuple[float, float
         order = epoch_order(trainer.dataset.train.indices, 0, epoch)
         loading = loader.batches(epoch, rank_batches(order, trainer.recipe.train.batch_size, 0, 1))
         trainer._train_step(next(loading))
-        clock = finished(trainer.device)
+        ended = clock(trainer.device)
         for batch in loading:
-            arrived = time.perf_counter()
+            before, arrived = ended, clock()
             trainer._train_step(batch)
-            ended = finished(trainer.device)
+            ended = clock(trainer.device)
             if epoch > 0:
-                waiting, training, images = (
-                    waiting + arrived - clock,
-                    training + ended - arrived,
-                    images + len(batch.labels),
-                )
-            clock = ended
+                waiting += arrived - before
+                training += ended - arrived
+                images += len(batch.labels)
     return waiting, training, images
-
-
-def finished(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 if __name__ == "__main__":

@@ -15,8 +15,7 @@ Needs FFCV. Run it on a machine that does nothing else.
 
 import argparse
 import io
-import os
-import platform
+import itertools
 import statistics
 import subprocess
 import sys
@@ -24,11 +23,11 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import torch
+from machine import header, rounds
 from PIL import Image
 
 from bdkd_dist.data.augment import Transform
@@ -37,7 +36,7 @@ from bdkd_dist.data.loader import open_loader
 from bdkd_dist.data.order import epoch_order, rank_batches
 
 PX = 224
-Contestant = Callable[[int], int]
+Contestant = Callable[[], int]
 """Reads one epoch and returns the number of images."""
 
 
@@ -107,9 +106,10 @@ def contestants(beton: Path, batch_size: int, threads: int) -> dict[str, Contest
 def ours(kind: str, beton: Path, batch_size: int, threads: int) -> Contestant:
     transform = Transform(PX, "resized", 0, 0.08, 4 / 3, True, 0.875, 0)
     loader = open_loader(kind, Beton(beton), transform, threads)  # type: ignore[arg-type]
-    indices = np.arange(len(Beton(beton)))
+    indices, numbers = np.arange(len(Beton(beton))), itertools.count()
 
-    def epoch(number: int) -> int:
+    def epoch() -> int:
+        number = next(numbers)
         batches = rank_batches(epoch_order(indices, 0, number), batch_size, 0, 1)
         return count(batch.images for batch in loader.batches(number, batches))
 
@@ -131,7 +131,7 @@ def stock_ffcv(beton: Path, batch_size: int, threads: int) -> Contestant:
         order=OrderOption.RANDOM,
         pipelines={"image": image, "label": [IntDecoder(), ToTensor()]},
     )
-    return lambda number: count(batch[0] for batch in loader)
+    return lambda: count(batch[0] for batch in loader)
 
 
 class _Pillow(torch.utils.data.Dataset[tuple[torch.Tensor, int]]):
@@ -173,7 +173,7 @@ def torchvision(images: _Pillow, batch_size: int, threads: int) -> Contestant:
         persistent_workers=True,
         multiprocessing_context="forkserver",
     )
-    return lambda number: count(batch[0] for batch in loader)
+    return lambda: count(batch[0] for batch in loader)
 
 
 def decode_only(beton: Path, threads: int) -> Contestant:
@@ -195,7 +195,7 @@ def decode_only(beton: Path, threads: int) -> Contestant:
 
     pool = ThreadPoolExecutor(threads)
     parts = np.array_split(np.arange(len(file)), -(-len(file) // 16))
-    return lambda number: sum(pool.map(part, parts))
+    return lambda: sum(pool.map(part, parts))
 
 
 def count(batches: Iterable[torch.Tensor]) -> int:
@@ -204,20 +204,14 @@ def count(batches: Iterable[torch.Tensor]) -> int:
 
 def measure(contestants: dict[str, Contestant], repeats: int) -> dict[str, list[float]]:
     """Return images/s of each contestant and repeat."""
-    speeds: dict[str, list[float]] = {name: [] for name in contestants}
-    for number in range(repeats + 1):
-        for name, epoch in contestants.items():
-            start = time.perf_counter()
-            images = epoch(number)
-            if number > 0:
-                speeds[name].append(images / (time.perf_counter() - start))
-    return speeds
+    images = {name: epoch() for name, epoch in contestants.items()}  # the uncounted round
+    seconds = rounds(contestants, repeats, warm_up=0)
+    return {name: [images[name] / taken for taken in seconds[name]] for name in contestants}
 
 
 def report(speeds: dict[str, list[float]], beton: Beton, arguments: argparse.Namespace) -> None:
-    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "torchvision", "ffcv", "numba", "pillow"))
     pixels = float(np.median(beton.heights * beton.widths)) ** 0.5
-    print(f"{processor()}, {os.cpu_count()} cores; Python {platform.python_version()}, {packages}")
+    print(header(packages=["torchvision", "numba", "pillow"]))
     print(
         f"{len(beton)} JPEGs, typically {pixels:.0f} px square; crops of {PX} px; "
         f"batches of {arguments.batch_size}; {arguments.threads} threads or processes; {arguments.repeats} repeats"
@@ -256,11 +250,6 @@ def report_start(beton: Path, arguments: argparse.Namespace) -> None:
         done = subprocess.run([sys.executable, "-c", code, str(beton)], check=True, capture_output=True, text=True)
         durations.append(float(done.stdout) - start)
     print(f"process start to first batch, warm: {statistics.median(durations):.2f} s")
-
-
-def processor() -> str:
-    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    return names[0].partition(":")[2].strip() if names else platform.machine()
 
 
 if __name__ == "__main__":

@@ -1,18 +1,89 @@
-"""Where a figure comes from, in two lines that stand above it."""
+"""What benchmarks share: two lines that say where a figure comes from, and a clock for work that takes turns."""
 
 import datetime
+import os
+import shlex
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
 
 from bdkd_dist.records.environment import environment
 
+CPU = torch.device("cpu")
+Work = Callable[[], object]
 
-def header(command: str) -> str:
-    """Return date, commit, hardware and versions, and the command as a person would type it."""
+
+def header(command: str | None = None, *, threads: bool = False, packages: Sequence[str] = ()) -> str:
+    """Return date, commit, hardware and versions, and the command as a person would type it.
+
+    Args:
+        command: By default the one that was typed.
+        threads: Say how many of torch's this process has; for what it computes itself, on the CPU.
+        packages: Further ones whose versions matter.
+    """
     found = environment()
-    git, hardware, packages = found["code"]["git"] or {}, found["hardware"], found["packages"]
+    git, hardware, installed = found["code"]["git"] or {}, found["hardware"], found["packages"]
     commit = git.get("commit", "?")[:7] + (" with changes" if git.get("dirty") else "")
     machine = " and ".join(
         [f"{hardware['cpu']}, {hardware['usable_cores']} cores", *(gpu["name"] for gpu in hardware["gpus"] or [])]
     )
-    named = [f"{name} {packages[name]}" for name in ("torch", "ray", "ffcv") if packages[name]]
+    named = [f"{name} {installed[name]}" for name in ("torch", "ray", "ffcv") if installed[name]]
+    named += [f"{name} {version(name)}" for name in packages]
     versions = ", ".join([f"Python {found['python']}", *named])
-    return f"date: {datetime.date.today()}   commit: {commit}   hardware: {machine}; {versions}\ncommand: {command}"
+    on_threads = f", {torch.get_num_threads()} CPU threads" if threads else ""
+    return (
+        f"date: {datetime.date.today()}   commit: {commit}   hardware: {machine}{on_threads}; {versions}\n"
+        f"command: {typed() if command is None else command}"
+    )
+
+
+def typed() -> str:
+    """Return this process's command, from the repository's root."""
+    threads = [f"OMP_NUM_THREADS={count}"] if (count := os.environ.get("OMP_NUM_THREADS")) else []
+    script, *arguments = sys.argv
+    return " ".join([*threads, ".venv/bin/python", f"benchmarks/{Path(script).name}", *map(shlex.quote, arguments)])
+
+
+def clock(device: torch.device = CPU) -> float:
+    """Return the time in seconds once the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def timed(work: Work, device: torch.device = CPU) -> float:
+    """Return the seconds that work takes, on an idle device."""
+    began = time.perf_counter()
+    work()
+    return clock(device) - began
+
+
+def rounds(
+    work: Mapping[str, Work],
+    count: int,
+    *,
+    warm_up: int = 1,
+    device: torch.device = CPU,
+    after_each: Work = lambda: None,
+) -> dict[str, list[float]]:
+    """Return by name the seconds of each round; all take turns, so that a drift of the machine meets all alike.
+
+    Args:
+        work: By name, in the order of a round.
+        count: Of the rounds that count.
+        warm_up: Rounds before these, which compile and allocate.
+        device: Where the work goes on when its call returns.
+        after_each: Called after each work, outside its seconds.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in work}
+    for number in range(warm_up + count):
+        for name, run in work.items():
+            taken = timed(run, device)
+            if number >= warm_up:
+                seconds[name].append(taken)
+            after_each()
+    return seconds

@@ -8,15 +8,14 @@ samples of 100 classes.
 """
 
 import argparse
-import datetime
-import platform
 import statistics
-import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
+from machine import header, rounds, timed
 from torch import Tensor
-from torchmetrics import MetricCollection, __version__
+from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
 from bdkd_dist.metrics import CalibrationState, fit_temperature, fit_vector_scaling
@@ -33,21 +32,13 @@ def main() -> None:
     arguments = parser.parse_args()
     logits, targets = drawn(arguments.samples, arguments.classes)
     batches = list(zip(logits.split(arguments.batch_size), targets.split(arguments.batch_size), strict=True))
-    contestants: dict[str, Callable[[], tuple[float, int]]] = {
-        "all figures (ours)": lambda: ours(batches, arguments.classes),
-        "ECE, top-1 (torchmetrics)": lambda: theirs(batches, arguments.classes),
+    contestants: dict[str, Callable[[], int]] = {
+        "all figures (ours)": partial(ours, batches, arguments.classes),
+        "ECE, top-1 (torchmetrics)": partial(theirs, batches, arguments.classes),
     }
-    times: dict[str, list[float]] = {name: [] for name in contestants}
-    sizes: dict[str, int] = {}
-    for round_ in range(arguments.rounds + 1):
-        for name, run in contestants.items():
-            seconds, sizes[name] = run()
-            if round_ >= 1:  # the first round allocates
-                times[name].append(seconds)
-    print(
-        f"{datetime.date.today()}  {torch.get_num_threads()} CPU threads ({platform.machine()}), "
-        f"torch {torch.__version__}, torchmetrics {__version__}"
-    )
+    sizes = {name: run() for name, run in contestants.items()}  # the uncounted round, which allocates
+    times = rounds(contestants, arguments.rounds, warm_up=0)
+    print(header(threads=True, packages=["torchmetrics"]))
     print(f"{arguments.samples} x {arguments.classes} float32 logits, batches of {arguments.batch_size}")
     for name, taken in times.items():
         print(
@@ -66,28 +57,24 @@ def drawn(samples: int, classes: int) -> tuple[Tensor, Tensor]:
     return logits, torch.multinomial((logits / 1.5).softmax(1), 1, generator=generator)[:, 0]
 
 
-def ours(batches: list[tuple[Tensor, Tensor]], classes: int) -> tuple[float, int]:
-    """Seconds, and bytes of the state."""
-    began = time.perf_counter()
+def ours(batches: list[tuple[Tensor, Tensor]], classes: int) -> int:
+    """Compute, and return the bytes of the state."""
     state = CalibrationState(classes)
     for logits, targets in batches:
         state.update(logits, targets)
     state.compute()
-    seconds = time.perf_counter() - began
-    return seconds, sum(values.nbytes for values in [*state._sums.values(), *state._samples])
+    return sum(values.nbytes for values in [*state._sums.values(), *state._samples])
 
 
-def theirs(batches: list[tuple[Tensor, Tensor]], classes: int) -> tuple[float, int]:
-    """Seconds, and bytes of the state."""
-    began = time.perf_counter()
+def theirs(batches: list[tuple[Tensor, Tensor]], classes: int) -> int:
+    """Compute, and return the bytes of the state."""
     ece, accuracy = MulticlassCalibrationError(classes), MulticlassAccuracy(classes, average="micro")
     metrics = MetricCollection([ece, accuracy])
     for logits, targets in batches:
         metrics.update(logits, targets)
     metrics.compute()
-    seconds = time.perf_counter() - began
     counts = (getattr(accuracy, name) for name in ("tp", "fp", "tn", "fn"))
-    return seconds, sum(values.nbytes for values in [*ece.confidences, *ece.accuracies, *counts])
+    return sum(values.nbytes for values in [*ece.confidences, *ece.accuracies, *counts])
 
 
 def quick() -> None:
@@ -97,18 +84,12 @@ def quick() -> None:
     state.update(logits, targets)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    seconds = timed(lambda: state.intervals(resamples=RESAMPLES))
+    seconds = timed(partial(state.intervals, resamples=RESAMPLES))
     print(f"intervals, {QUICK_SAMPLES} samples x {RESAMPLES} resamples, 1 thread: {seconds:.2f} s")
     torch.set_num_threads(threads)
     for name, fit in (("temperature", fit_temperature), ("vector scaling", fit_vector_scaling)):
-        seconds = timed(lambda fit=fit: fit(logits, targets))
+        seconds = timed(partial(fit, logits, targets))
         print(f"{name}, {QUICK_SAMPLES} x {QUICK_CLASSES} logits: {seconds:.2f} s")
-
-
-def timed(run: Callable[[], object]) -> float:
-    began = time.perf_counter()
-    run()
-    return time.perf_counter() - began
 
 
 if __name__ == "__main__":

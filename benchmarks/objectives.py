@@ -7,20 +7,13 @@ step with ``bdkd`` on a batch in memory. Both alternate in rounds, medians count
 """
 
 import argparse
-import datetime
-import platform
 import statistics
-import tempfile
-from collections.abc import Callable
-from pathlib import Path
 
 import torch
-from step import placeholder, random_batch, timed
+from machine import Work, header, rounds
+from step import random_batch, trainer_of
 
 from bdkd_dist import config
-from bdkd_dist.engine.checkpoint import Checkpoints
-from bdkd_dist.engine.loop import Trainer
-from bdkd_dist.engine.observer import Observers
 from bdkd_dist.objectives import KDCL, OBJECTIVES, Objective
 
 VARIANTS: dict[str, Objective] = {
@@ -37,22 +30,14 @@ def main() -> None:
     arguments = parser.parse_args()
     recipe = config.load(arguments.recipe)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(recipe, placeholder(recipe), {}, device, Checkpoints(Path(folder)), Observers())
-    trainer.pair.train()
+    trainer = trainer_of(recipe, device)
     batch = random_batch(recipe, device)
-    times: dict[str, list[float]] = {name: [] for name in ("step", *VARIANTS)}
-    work: dict[str, Callable[[], None]] = {"step": lambda: trainer._train_step(batch)}
+    work: dict[str, Work] = {"step": lambda: trainer._train_step(batch)}
     work |= {name: alone(objective, recipe, batch.labels) for name, objective in VARIANTS.items()}
-    for round_ in range(arguments.rounds + 2):
-        for name, run in work.items():
-            seconds = timed(run, device)
-            if round_ >= 2:  # the first rounds allocate
-                times[name].append(seconds)
+    times = rounds(work, arguments.rounds, warm_up=2, device=device)
     medians = {name: statistics.median(values) for name, values in times.items()}
     step = medians.pop("step")
-    hardware = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    print(f"{datetime.date.today()}  {hardware} ({platform.machine()}), torch {torch.__version__}")
+    print(header(threads=True))
     print(f"{arguments.recipe}, batch {recipe.train.batch_size}: step {1e3 * step:.2f} ms")
     for name, seconds in medians.items():
         print(f"{name:12} {1e3 * seconds:7.3f} ms  {100 * seconds / step:5.2f} % of the step")
@@ -60,7 +45,7 @@ def main() -> None:
     print(f"largest share: {100 * medians[worst] / step:.2f} % ({worst})")
 
 
-def alone(objective: Objective, recipe: config.Recipe, labels: torch.Tensor) -> Callable[[], None]:
+def alone(objective: Objective, recipe: config.Recipe, labels: torch.Tensor) -> Work:
     """An objective's forward and backward at logits of the recipe's shape."""
     shape = (len(labels), recipe.data.num_classes)
     student, teacher = (torch.randn(shape, device=labels.device, requires_grad=True) for _ in range(2))

@@ -15,20 +15,18 @@ Needs FFCV. Run it on a machine that does nothing else.
 import argparse
 import io
 import os
-import platform
 import shutil
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from loader import processor, synthetic
+from loader import synthetic
+from machine import header, rounds
 from PIL import Image
 
 from bdkd_dist.config import Data
@@ -161,28 +159,23 @@ def fsync(path: Path) -> None:
 
 
 def measure(contestants: dict[str, Contestant], scratch: Path, repeats: int) -> dict[str, list[float]]:
-    """Return the seconds of each contestant and repeat; the first round is not counted."""
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    for number in range(repeats + 1):
-        for name, write in contestants.items():
-            folder = scratch / "written"
-            start = time.perf_counter()
-            write(folder)
-            if number > 0:
-                seconds[name].append(time.perf_counter() - start)
-            shutil.rmtree(folder)
-            os.sync()
-    return seconds
+    """Return the seconds of each contestant and repeat."""
+    folder = scratch / "written"
+
+    def clear() -> None:
+        shutil.rmtree(folder)
+        os.sync()
+
+    return rounds({name: partial(write, folder) for name, write in contestants.items()}, repeats, after_each=clear)
 
 
 def report(seconds: dict[str, list[float]], source: Source, num_bytes: int, arguments: argparse.Namespace) -> None:
     images = len(source.splits["train"])
-    packages = ", ".join(f"{name} {version(name)}" for name in ("pyarrow", "ffcv", "pillow"))
     native = "native check" if jpeg.available() else "no native check"
-    print(f"{processor()}, {os.cpu_count()} cores; Python {platform.python_version()}, {packages}, {native}")
+    print(header(packages=["pyarrow", "pillow"]))
     print(
         f"{images} JPEGs of {num_bytes / images / 1e3:.0f} kB in {len(source.splits['train'].pieces)} shards; "
-        f"{arguments.threads} threads or workers; {arguments.repeats} repeats"
+        f"{arguments.threads} threads or workers; {arguments.repeats} repeats; {native}"
     )
     print(f"{'':14}{'images/s':>10}{'MB/s':>8}{'slowest':>10}{'fastest':>10}")
     median = {name: statistics.median(values) for name, values in seconds.items()}

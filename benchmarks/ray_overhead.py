@@ -18,7 +18,6 @@ Ray's step time by torchrun's of the same round. Run it on a machine that does n
 """
 
 import argparse
-import datetime
 import io
 import os
 import statistics
@@ -34,6 +33,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
+from machine import header
 from PIL import Image
 
 from bdkd_dist import config
@@ -41,7 +41,6 @@ from bdkd_dist.engine.control import Control
 from bdkd_dist.engine.observer import Observers
 from bdkd_dist.launch.run_folder import RunFolder
 from bdkd_dist.launch.worker import work
-from bdkd_dist.records.environment import environment
 
 BIN = Path(sys.executable).parent
 WORKERS = 2
@@ -207,7 +206,7 @@ def speeds(folder: Path) -> dict[int, tuple[float, float]]:
 
 
 def report(timings: dict[str, list[Timing]], arguments: argparse.Namespace) -> None:
-    print(machine())
+    print(header())
     print(
         f"{arguments.teacher} -> {arguments.student}, batch {arguments.batch_size}, one torch thread a rank; "
         f"{arguments.repeats} rounds of {arguments.steps} steps, the first {arguments.warmup_steps} not counted"
@@ -223,18 +222,6 @@ def report(timings: dict[str, list[Timing]], arguments: argparse.Namespace) -> N
     ratios = [ray.step_s / plain.step_s for ray, plain in zip(timings["ray"], timings["torchrun"], strict=True)]
     print(f"rounds: {', '.join(f'{ratio:.3f}' for ratio in ratios)}")
     print(f"step time ray/torchrun = {statistics.median(ratios):.3f}")
-
-
-def machine() -> str:
-    """Return date, hardware, versions and commit."""
-    here = environment()
-    git = here["code"]["git"]
-    commit = f"{git['commit'][:7]}{' and changes' if git['dirty'] else ''}" if git else "unknown"
-    packages = ", ".join(f"{name} {here['packages'][name]}" for name in ("torch", "ray"))
-    return (
-        f"{datetime.date.today()}  {here['hardware']['cpu']}, {here['hardware']['usable_cores']} cores; "
-        f"Python {here['python']}, {packages}; commit {commit}"
-    )
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ does nothing else. docs/scaling.md explains.
 """
 
 import argparse
+import functools
 import json
 import os
 import statistics
@@ -33,12 +34,12 @@ from typing import Any
 import ray_overhead as runs
 import torch
 import torch.distributed as dist
+from machine import header
 from scaling_model import FLOPS_PER_MAC, PUBLISHED, Layer, Links, Settings, layers_of, predict
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from bdkd_dist import models
-from bdkd_dist.engine import loop
 
 WORKERS = (1, 2, 4)
 SMALL_BYTES, LARGE_BYTES = 256, 4 * 2**20
@@ -53,7 +54,7 @@ def main() -> None:
         mute()
         runs.rank_main(arguments.muted_rank)
     else:
-        print(runs.machine())
+        print(header())
         ratio = None if arguments.model_only else measure(arguments)
         predict_gpus(arguments)
         compare_published(arguments)
@@ -172,19 +173,20 @@ def all_reduce_s(num_bytes: int) -> float:
 
 def mute() -> None:
     """Let this rank train as ever, only that nothing travels between steps' layers and after their backward pass."""
+    build = DistributedDataParallel.__init__
 
-    def silent(*settings: Any, **options: Any) -> DistributedDataParallel:
-        ddp = DistributedDataParallel(*settings, **options)
-        ddp.register_comm_hook(None, keep)
-        return ddp
+    @functools.wraps(build)
+    def silent(self: DistributedDataParallel, *settings: Any, **options: Any) -> None:
+        build(self, *settings, **options)
+        self.register_comm_hook(None, keep)
 
     def keep(_: Any, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
         future: torch.futures.Future[torch.Tensor] = torch.futures.Future()
         future.set_result(bucket.buffer())
         return future
 
-    loop.DistributedDataParallel = silent
-    dist.all_reduce = lambda *_, **__: None
+    DistributedDataParallel.__init__ = silent  # type: ignore[method-assign]  # wherever the engine makes one
+    dist.all_reduce = lambda *_, **__: None  # type: ignore[assignment]
 
 
 def pair(teacher: str, student: str, num_classes: int, image_px: int) -> list[Layer]:

@@ -124,7 +124,7 @@ def layers_of(network: nn.Module, image_px: int) -> list[Layer]:
     def note(module: nn.Module, _: Any, output: torch.Tensor) -> None:
         parameters = sum(parameter.numel() for parameter in module.parameters())
         places = output[0, 0].numel() if isinstance(module, nn.Conv2d) else 1
-        weight = 0 if isinstance(module, nn.BatchNorm2d) else module.weight.numel()
+        weight = 0 if isinstance(module, nn.BatchNorm2d) else module.get_parameter("weight").numel()
         found.append(Layer(parameters, weight * places, getattr(module, "num_features", 0)))
 
     for module in network.modules():
@@ -174,10 +174,9 @@ def _backward(layers: Sequence[Layer], settings: Settings) -> Iterator[tuple[Lay
     DDP measures a bucket in the parameters' own type (float32) and closes it with the gradient that reaches its size.
     Told a size, it gives the first bucket that size too.
     """
-    held, sizes_mib = 0, itertools.chain([1.0], itertools.repeat(25.0))
-    if settings.bucket_mib is not None:
-        sizes_mib = itertools.repeat(settings.bucket_mib)
-    size_mib = next(sizes_mib)
+    own = settings.bucket_mib
+    sizes_mib = itertools.chain([1.0 if own is None else own], itertools.repeat(25.0 if own is None else own))
+    held, size_mib = 0, next(sizes_mib)
     for number, layer in enumerate(reversed(layers), 1):
         held += layer.parameters
         full = held * FLOAT32_BYTES >= size_mib * 2**20

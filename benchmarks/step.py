@@ -8,19 +8,16 @@ logits. Rounds alternate, medians count; the last line is the share.
 """
 
 import argparse
-import datetime
-import platform
 import statistics
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
+from images import whole, write_raw
+from machine import Work, header, rounds
 
 from bdkd_dist import config
-from bdkd_dist.data.dataset import Dataset, Subset
 from bdkd_dist.data.loader import Batch
 from bdkd_dist.engine.checkpoint import Checkpoints
 from bdkd_dist.engine.loop import Trainer
@@ -36,33 +33,29 @@ def main() -> None:
     overrides = [f"train.batch_size={arguments.batch_size}"]
     recipe = config.load(arguments.recipe, overrides)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(recipe, placeholder(recipe), {}, device, Checkpoints(Path(folder)), Observers())
-    trainer.pair.train()
+    trainer = trainer_of(recipe, device)
     batch = random_batch(recipe, device)
-    times: dict[str, list[float]] = {"step": [], "networks": []}
-    work: dict[str, Callable[[], None]] = {
-        "step": lambda: trainer._train_step(batch),
-        "networks": floor(trainer, batch),
-    }
-    for round_ in range(arguments.rounds + 2):
-        for name, run in work.items():
-            seconds = timed(run, device)
-            if round_ >= 2:  # the first rounds allocate
-                times[name].append(seconds)
+    work: dict[str, Work] = {"step": lambda: trainer._train_step(batch), "networks": floor(trainer, batch)}
+    times = rounds(work, arguments.rounds, warm_up=2, device=device)
     step, networks = (statistics.median(times[name]) for name in ("step", "networks"))
-    hardware = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    print(f"{datetime.date.today()}  {hardware} ({platform.machine()}), torch {torch.__version__}")
+    print(header(threads=True))
     print(
         f"{arguments.recipe}, batch {arguments.batch_size}: step {1e3 * step:.2f} ms, networks {1e3 * networks:.2f} ms"
     )
     print(f"share of the step outside the networks: {100 * (step - networks) / step:.1f} %")
 
 
-def placeholder(recipe: config.Recipe) -> Dataset:
-    """A data set of the right size; no image of it is read."""
-    subset = Subset(Path(), np.arange(10 * recipe.train.batch_size), np.zeros(10 * recipe.train.batch_size, np.int64))
-    return Dataset(subset, subset, subset, tuple(map(str, range(recipe.data.num_classes))), "", "")
+def trainer_of(recipe: config.Recipe, device: torch.device) -> Trainer:
+    """A trainer that gets its batches by hand: of its data set only the size matters."""
+    count = 10 * recipe.train.batch_size
+    with tempfile.TemporaryDirectory() as folder:
+        beton = write_raw(
+            Path(folder) / "images.beton", np.zeros((count, 1, 1, 3), np.uint8), np.zeros(count, np.int64)
+        )
+        dataset = whole(beton, recipe.data.num_classes)
+        trainer = Trainer(recipe, dataset, {}, device, Checkpoints(Path(folder)), Observers())
+    trainer.pair.train()
+    return trainer
 
 
 def random_batch(recipe: config.Recipe, device: torch.device) -> Batch:
@@ -73,7 +66,7 @@ def random_batch(recipe: config.Recipe, device: torch.device) -> Batch:
     return Batch(images.to(device), labels.to(device), torch.arange(size))
 
 
-def floor(trainer: Trainer, batch: Batch) -> Callable[[], None]:
+def floor(trainer: Trainer, batch: Batch) -> Work:
     """Both networks' forward and backward alone."""
     pixels = trainer.pair.normalise(batch.images)
     networks = list(trainer.pair.networks.values())
@@ -87,14 +80,6 @@ def floor(trainer: Trainer, batch: Batch) -> Callable[[], None]:
             network.zero_grad(set_to_none=True)
 
     return run
-
-
-def timed(run: Callable[[], None], device: torch.device) -> float:
-    began = time.perf_counter()
-    run()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
 
 
 if __name__ == "__main__":

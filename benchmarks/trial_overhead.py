@@ -17,13 +17,12 @@ it is warm. The last line is ours by the nested. Run it on a machine that does n
 import argparse
 import statistics
 import tempfile
-import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from ray_overhead import machine
+from machine import header, timed
 from rich.console import Console
 
 from bdkd_dist import config
@@ -57,9 +56,9 @@ def main() -> None:
         recipe = recipe_of(folder, arguments.epochs)
         training_s = warm_training_s(recipe)
         ray_s = min(timed(start_and_end_ray) for _ in range(2))
-        ours = timed(lambda: tuned(recipe, folder, arguments.trials)) - ray_s
-        nested = timed(lambda: nested_trainers(recipe, arguments.trials)) - ray_s
-    print(machine())
+        ours = timed(partial(tuned, recipe, folder, arguments.trials)) - ray_s
+        nested = timed(partial(nested_trainers, recipe, arguments.trials)) - ray_s
+    print(header())
     print(f"{arguments.trials} trials of {arguments.epochs} epochs; training alone {training_s:.2f} s, warm")
     print(f"starting and ending Ray: {ray_s:.1f} s (not counted)")
     costs = {}
@@ -88,7 +87,7 @@ def warm_training_s(recipe: Recipe) -> float:
     times = []
     for number in range(WARM_RUNS + 1):
         named = config.replace(recipe, {"run.name": f"warm-{number}"})
-        times.append(timed(lambda named=named: train(named)))  # type: ignore[misc]
+        times.append(timed(partial(train, named)))
     return statistics.median(times[1:])
 
 
@@ -143,12 +142,6 @@ def worker(tree: dict[str, Any]) -> None:
     run = RunFolder.of(recipe)
     run.path.mkdir(parents=True)
     work(recipe, run, torch.device("cpu"), Observers(), Control(), print)
-
-
-def timed(function: Callable[[], object]) -> float:
-    began = time.perf_counter()
-    function()
-    return time.perf_counter() - began
 
 
 if __name__ == "__main__":
