@@ -68,7 +68,12 @@ def evaluate(
     run_path: Annotated[
         str, typer.Argument(metavar="RUN", help="A run folder or one of its checkpoints, by path or URI.")
     ],
-    overrides: Overrides = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY=VALUE]...", help="Where and how it runs, e.g. data.root=/data or launch.device=cpu."
+        ),
+    ] = None,
     shift: Annotated[bool, typer.Option("--shift", help="Measure under corruptions of the test images too.")] = False,
     ood: Annotated[
         str | None,
@@ -77,7 +82,7 @@ def evaluate(
         ),
     ] = None,
 ) -> None:
-    """Measure accuracy and calibration of a run's networks, with and without temperature scaling."""
+    """Measure accuracy and calibration of a run's networks, as trained and scaled post hoc."""
     from bdkd_dist.launch import run
 
     folder = run.evaluate(run_path, overrides or (), console, shift, ood)
@@ -134,10 +139,11 @@ def prepare(
     max_side: Annotated[int, typer.Option(metavar="PX", help="Larger images are shrunk to this longer side.")] = 512,
     quality: Annotated[int, typer.Option(metavar="1-100", help="Of JPEGs that have to be encoded anew.")] = 90,
     check: Annotated[
-        str, typer.Option(metavar="full|headers", help="Decode every image, or trust JPEGs that have head and end.")
+        str,
+        typer.Option(metavar="full|headers", help="Check images to the last byte, or of kept JPEGs only both ends."),
     ] = "full",
     undecodable: Annotated[
-        str, typer.Option(metavar="stop|leave-out", help="What an image does that cannot be decoded.")
+        str, typer.Option(metavar="stop|leave-out", help="What to do about an image that cannot be decoded.")
     ] = "stop",
     address: Annotated[
         str | None,
@@ -183,7 +189,10 @@ def doctor(
 
 Address = Annotated[
     str | None,
-    typer.Option(metavar="URL", help="The head node's job server, http://HEAD:8265; default RAY_API_SERVER_ADDRESS."),
+    typer.Option(
+        metavar="URL",
+        help="The head node's job server, http://HEAD:8265; default RAY_API_SERVER_ADDRESS, or RAY_ADDRESS if http://….",
+    ),
 ]
 JobId = Annotated[str, typer.Argument(metavar="ID")]
 

@@ -14,6 +14,8 @@ PAGE = Path(__file__).parents[1] / "docs/recipe.md"
 def test_the_page_is_up_to_date() -> None:
     page = PAGE.read_text(encoding="utf-8")
     assert reference.filled(page) == page, "run .venv/bin/python -m bdkd_dist.config.reference docs/recipe.md"
+    assert reference.tables() in page
+    assert reference.changeable() in page
 
 
 def test_every_key_has_a_row_and_no_other() -> None:
@@ -33,6 +35,14 @@ def test_rows_say_what_is_allowed_the_default_and_the_meaning() -> None:
         "| `objective.weight` | number | `kd`: `0.9`; `dml`, `kdcl`: `1` | Weight of the divergence: ",
     ):
         assert row in tables
+
+
+def test_what_is_said_to_be_changeable_is_what_recipes_are_not_told_apart_by() -> None:
+    keys = config.flatten(config.load("digits").to_dict())
+    said = re.findall(r"`([\w.]+)\*?`", reference.changeable())
+    assert {key for key in keys if key.startswith(tuple(said))} == {
+        key for key in keys if key.startswith(config.NOT_IDENTITY)
+    }
 
 
 def test_what_lies_outside_the_marks_stays() -> None:

@@ -1,6 +1,6 @@
 """BD-KD's balance: how much each direction of the divergence counts, for which samples, against the labels.
 
-    bdkd tune tune_spaces/bdkd_weighting.py cifar100_r56_r20 --num-trials 48 --scheduler asha
+    bdkd tune tune_spaces/bdkd_weighting.py cifar100_r56_r20 data.root=CIFAR100 --num-trials 48 --scheduler asha
 
 All numbers multiply something, so that their ratios matter: each range is logarithmic, with BD-KD's default in it.
 """

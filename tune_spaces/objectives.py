@@ -1,6 +1,6 @@
 """Every objective that trains both networks, three seeds each, with equal epochs: which one suits these data?
 
-    bdkd tune tune_spaces/objectives.py cifar100_r56_r20
+    bdkd tune tune_spaces/objectives.py cifar100_r56_r20 data.root=CIFAR100
     bdkd compare runs/cifar100_r56_r20-objectives
 
 Nothing is stopped early and nothing is chosen, so that the test split may be looked at for all of them. Each objective

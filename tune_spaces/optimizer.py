@@ -1,6 +1,6 @@
 """Learning rate, weight decay and batch size, which decide before any weighting whether networks train well.
 
-    bdkd tune tune_spaces/optimizer.py cifar100_r56_r20 --num-trials 32 --scheduler asha
+    bdkd tune tune_spaces/optimizer.py cifar100_r56_r20 data.root=CIFAR100 --num-trials 32 --scheduler asha
 
 The best rate grows with the batch and shrinks with the decay: the three are searched together.
 """

@@ -1,6 +1,6 @@
 """BD-KD's weights as they should change while the networks train: population based training.
 
-    bdkd tune tune_spaces/weighting_schedule.py cifar100_r56_r20 --num-trials 8
+    bdkd tune tune_spaces/weighting_schedule.py cifar100_r56_r20 data.root=CIFAR100 --num-trials 8
 
 Trials train side by side; now and then the worst ones go on from the weights of the best with a changed balance. What
 the winner went through is a schedule: in the beginning the networks know little to teach each other. As many trials as

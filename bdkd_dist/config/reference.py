@@ -2,7 +2,8 @@
 
     .venv/bin/python -m bdkd_dist.config.reference docs/recipe.md
 
-puts the tables between the two marks of the page, so that no key there is typed.
+puts the tables, and the list of keys that may change when a run goes on, between the marks of the page, so that no key
+there is typed.
 """
 
 import re
@@ -16,10 +17,11 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from bdkd_dist.config.sections import Recipe
+from bdkd_dist.config.sections import NOT_IDENTITY, Data, Recipe
 from bdkd_dist.objectives import OBJECTIVES
 
 BEGIN, END = "<!-- the keys, by bdkd_dist.config.reference -->\n", "<!-- end -->\n"
+BEGIN_CHANGEABLE = "<!-- what may change, by bdkd_dist.config.reference -->\n"
 HEAD = "| key | allowed | default | meaning |\n|---|---|---|---|\n"
 KINDS = {int: "whole number", float: "number", str: "text", bool: "`true`, `false`", ...: "…"}
 BOUNDS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
@@ -44,9 +46,19 @@ OBJECTIVE_KEYS = {
 
 
 def filled(page: str) -> str:
-    """Return a page with the tables between its marks."""
-    before, _, rest = page.partition(BEGIN)
-    return f"{before}{BEGIN}\n{tables()}\n{END}{rest.partition(END)[2]}"
+    """Return a page with the generated text between its marks."""
+    for begin, text in {BEGIN_CHANGEABLE: changeable(), BEGIN: tables()}.items():
+        before, mark, rest = page.partition(begin)
+        if mark:
+            page = f"{before}{begin}\n{text}\n{END}{rest.partition(END)[2]}"
+    return page
+
+
+def changeable() -> str:
+    """Return the keys that may change when a run goes on or is evaluated."""
+    sections = [f"`{name}*`" for name in NOT_IDENTITY if name.endswith(".")]
+    keys = [f"`data.{key}`" for key in Data.model_fields if f"data.{key}".startswith(NOT_IDENTITY)]
+    return ", ".join([*sections, *keys]) + "\n"
 
 
 def tables() -> str:

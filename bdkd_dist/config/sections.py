@@ -94,9 +94,10 @@ class Data(Section):
     eval_crop: float = Field(1.0, gt=0, le=1)
     """Side of the centred evaluation crop as a share of the image's shorter side (224/256 = 0.875 is usual)."""
     max_side_px: int = Field(512, ge=16)
-    """Stored images have no longer side than this; smaller JPEGs keep their original bytes."""
+    """Stored images have no longer side than this; smaller JPEGs keep their original bytes. Not read where ``root`` was
+    made by ``bdkd prepare``, which has options of its own."""
     jpeg_quality: int = Field(90, ge=1, le=100)
-    """Of images that have to be encoded anew to be stored."""
+    """Of images that have to be encoded anew to be stored. Not read where ``root`` was made by ``bdkd prepare``."""
     validation_fraction: float = Field(0.1, gt=0, lt=1)
     """Share of the training images held out, class by class, where the source has no validation split, or none beside
     the one that serves as its test split."""
@@ -115,7 +116,8 @@ class Data(Section):
     """``auto``: ``ffcv`` where the native decoder or FFCV is there, else torch's DataLoader; ``resident``: all images
     stay on the device as uint8 (small sets of images of one size). All give the same batches."""
     threads: int | None = Field(None, ge=1)
-    """Decoding threads (FFCV) or processes (torch) per worker; by default the worker's share of the cores."""
+    """Decoding threads (FFCV) or processes (torch) per worker; by default the worker's share of the cores, in a search
+    ``launch.cpus_per_worker``."""
     prepared: str = "~/.cache/bdkd-dist"
     """Where data sets that were prepared on the way are kept and shared by runs."""
     stage: Literal["shared", "local", "memory"] = "shared"
@@ -237,7 +239,8 @@ class Train(Section):
     compile: bool = False
     """Compile the networks and the objective; on a single GPU also replay each step as a CUDA graph (docs/gpu.md)."""
     gradient_shares: bool = False
-    """Record each term's share of the gradient at the logits (one more pass through the objective a step)."""
+    """Record each term's share of the gradient at the logits (one more pass through the objective a step).
+    Not together with ``compile``."""
     evaluate_every_epochs: int = Field(1, ge=1)
     """Evaluate on the validation images after every so many epochs, and after the last."""
     log_every_steps: int = Field(20, ge=1)
@@ -255,7 +258,8 @@ class Launch(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """``auto``: GPUs where there are enough for all workers when the run starts, else the CPU."""
     cpus_per_worker: float = Field(1.0, gt=0)
-    """Claimed from Ray; on a node of its own a worker uses all cores it finds."""
+    """Claimed from Ray. In a run a worker uses its share of its node's cores, whatever it claimed; a trial of a search
+    uses only these."""
     gpus_per_worker: float = Field(1.0, gt=0)
     """Claimed from Ray where workers compute on GPUs."""
     placement: Literal["pack", "spread"] = "pack"

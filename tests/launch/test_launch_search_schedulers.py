@@ -14,11 +14,11 @@ from bdkd_dist.records.trials import Report, Status, Trial
 EPOCHS = 9
 
 
-def plan(scheduler: str, search: str = "random") -> Plan:
+def plan(scheduler: str, search: str = "random", epochs: int = EPOCHS) -> Plan:
     from ray import tune
 
     space = Space("space", {"objective.nu_forward": tune.loguniform(0.5, 8)}, {}, "")
-    return Plan(space, Goal.parse("nll"), "nll", search, scheduler, num_trials=10, seed=0, epochs=EPOCHS)
+    return Plan(space, Goal.parse("nll"), "nll", search, scheduler, num_trials=10, seed=0, epochs=epochs)
 
 
 def past(number: int, nll: list[float], status: Status = "finished") -> Trial:
@@ -53,6 +53,39 @@ def test_a_new_trial_is_judged_by_those_of_before(scheduler: str) -> None:
     assert best == TrialScheduler.CONTINUE
     if scheduler != "hyperband":  # there the trial's bracket may have no rung yet
         assert worst == TrialScheduler.STOP
+
+
+@pytest.mark.parametrize(("epochs", "rungs"), [(9, [1, 3]), (18, [2, 6]), (20, [3, 9]), (30, [4, 12])])
+def test_asha_compares_at_about_a_ninth_and_a_third_and_never_just_before_the_end(
+    epochs: int, rungs: list[int]
+) -> None:
+    def falls_behind_at(bad: int) -> str:
+        scheduler = scheduler_of(plan("asha", epochs=epochs), [past(number, [1.0] * epochs) for number in range(3)])
+        trial: Any = _New("new")
+        scheduler.on_trial_add(trial, trial)
+        for epoch in range(1, bad):
+            assert scheduler.on_trial_result(trial, trial, {"epoch": epoch, "goal": 0.1}) == TrialScheduler.CONTINUE
+        return scheduler.on_trial_result(trial, trial, {"epoch": bad, "goal": 9.0})
+
+    assert [bad for bad in range(1, epochs) if falls_behind_at(bad) == TrialScheduler.STOP] == rungs
+
+
+@pytest.mark.parametrize(
+    ("epochs", "first_rungs"),
+    [(2, {1}), (8, {1, 3}), (9, {1, 3, None}), (18, {2, 6, None}), (20, {3, 9, None})],
+)
+def test_hyperband_compares_some_trials_later_and_some_never(epochs: int, first_rungs: set[int | None]) -> None:
+    known = [past(number, [1.0] * epochs) for number in range(30)]
+    scheduler = scheduler_of(plan("hyperband", epochs=epochs), known)
+
+    def stopped_at(number: int) -> int | None:
+        trial: Any = _New(f"new {number}")
+        scheduler.on_trial_add(trial, trial)
+        results = ({"epoch": epoch, "goal": 9.0 + number} for epoch in range(1, epochs))
+        decisions = (scheduler.on_trial_result(trial, trial, result) for result in results)
+        return next((epoch for epoch, said in enumerate(decisions, 1) if said == TrialScheduler.STOP), None)
+
+    assert {stopped_at(number) for number in range(40)} == first_rungs
 
 
 def test_a_failed_trial_does_not_move_the_median() -> None:
