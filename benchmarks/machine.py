@@ -42,10 +42,11 @@ def header(command: str | None = None, *, threads: bool = False, packages: Seque
 
 
 def typed() -> str:
-    """Return this process's command, from the repository's root."""
+    """Return this process's command, from the repository's root; of paths of this machine the last part."""
     threads = [f"OMP_NUM_THREADS={count}"] if (count := os.environ.get("OMP_NUM_THREADS")) else []
     script, *arguments = sys.argv
-    return " ".join([*threads, ".venv/bin/python", f"benchmarks/{Path(script).name}", *map(shlex.quote, arguments)])
+    said = [shlex.quote(Path(argument).name if argument.startswith("/") else argument) for argument in arguments]
+    return " ".join([*threads, ".venv/bin/python", f"benchmarks/{Path(script).name}", *said])
 
 
 def clock(device: torch.device = CPU) -> float:

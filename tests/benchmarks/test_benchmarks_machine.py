@@ -40,7 +40,7 @@ def test_no_round_is_left_out_where_none_warms_up() -> None:
 
 
 def test_a_figures_head_names_the_machine_the_versions_and_what_was_typed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["/somewhere/benchmarks/loader.py", "--data", "my images"])
+    monkeypatch.setattr(sys, "argv", ["/somewhere/benchmarks/loader.py", "--data", "/disk/my images"])
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     first, second = machine.header(threads=True, packages=["pillow"]).split("\n")
     versions = rf"Python 3\S+, torch {re.escape(torch.__version__)}, .*pillow \d\S+"
