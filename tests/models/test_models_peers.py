@@ -1,12 +1,13 @@
 """The benchmark networks against torchvision's, changed to the same definition, and against torch's bare functions."""
 
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.models import mobilenetv2, resnet, shufflenetv2
+from torchvision.models import mobilenetv2, resnet, shufflenetv2, vgg
 from torchvision.ops import Conv2dNormActivation
 
 from bdkd_dist import models
@@ -69,12 +70,22 @@ def peer_shufflenetv2() -> nn.Module:
     return network
 
 
+def peer_vgg(depths: tuple[int, ...], halvings: int) -> nn.Module:
+    layers: list[str | int] = []
+    for index, (depth, channels) in enumerate(zip(depths, (64, 128, 256, 512, 512), strict=True)):
+        layers += [channels] * depth + ["M"] * (index < halvings)
+    features = vgg.make_layers(layers, batch_norm=True)  # type: ignore[arg-type]
+    return nn.Sequential(features, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 10))
+
+
 PEERS = {
     "cifar_resnet18": lambda: peer_resnet("cifar_resnet18"),
     "cifar_resnet34": lambda: peer_resnet("cifar_resnet34"),
     "cifar_resnet50": lambda: peer_resnet("cifar_resnet50"),
     "mobilenetv2": peer_mobilenet,
     "shufflev2": peer_shufflenetv2,
+    "vgg8": lambda: peer_vgg((1, 1, 1, 1, 1), halvings=3),
+    "vgg13": lambda: peer_vgg((2, 2, 2, 2, 2), halvings=3),
 }
 
 
@@ -92,23 +103,23 @@ def test_logits_are_those_of_torchvisions_network_of_the_same_definition(name: s
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
 
 
+def normalised(state: Iterator[Tensor], x: Tensor) -> Tensor:
+    weight, bias, mean, variance, _ = (next(state) for _ in range(5))
+    return F.batch_norm(x, mean, variance, weight, bias)
+
+
 def shufflenetv1(state: Iterator[Tensor], x: Tensor) -> Tensor:
     """ShuffleNet, 3 groups, as Zhang et al. 2018 describe it (figure 2), channel by channel where they are shuffled."""
-
-    def normalised(x: Tensor) -> Tensor:
-        weight, bias, mean, variance, _ = (next(state) for _ in range(5))
-        return F.batch_norm(x, mean, variance, weight, bias)
-
-    x = F.relu(normalised(F.conv2d(x, next(state))))
+    x = F.relu(normalised(state, F.conv2d(x, next(state))))
     for channels, depth in ((240, 4), (480, 8), (960, 4)):
         for block in range(depth):
             stride = 2 if block == 0 else 1
             groups = 1 if x.shape[1] == 24 else 3
-            out = F.relu(normalised(F.conv2d(x, next(state), groups=groups)))
+            out = F.relu(normalised(state, F.conv2d(x, next(state), groups=groups)))
             size = out.shape[1] // groups
             out = out[:, [group * size + index for index in range(size) for group in range(groups)]]
             out = F.conv2d(out, next(state), stride=stride, padding=1, groups=out.shape[1])
-            out = normalised(F.conv2d(F.relu(normalised(out)), next(state), groups=3))
+            out = normalised(state, F.conv2d(F.relu(normalised(state, out)), next(state), groups=3))
             if stride == 2:
                 out = torch.cat([out, F.avg_pool2d(x, 3, 2, padding=1)], dim=1)
             x = F.relu(out if stride == 2 else out + x)
@@ -116,12 +127,38 @@ def shufflenetv1(state: Iterator[Tensor], x: Tensor) -> Tensor:
     return F.linear(x.mean(dim=(2, 3)), next(state), next(state))
 
 
+def wide_resnet(depth: int, widen: int, state: Iterator[Tensor], x: Tensor) -> Tensor:
+    """A wide residual network of basic blocks as Zagoruyko and Komodakis 2016 describe it (table 1, figure 1a).
+
+    As in their code, a block that changes the channels projects what its first normalisation and ReLU gave.
+    """
+    x = F.conv2d(x, next(state), padding=1)
+    for channels, first_stride in ((16 * widen, 1), (32 * widen, 2), (64 * widen, 2)):
+        for block in range((depth - 4) // 6):
+            stride = first_stride if block == 0 else 1
+            activated = F.relu(normalised(state, x))
+            out = F.conv2d(activated, next(state), stride=stride, padding=1)
+            out = F.conv2d(F.relu(normalised(state, out)), next(state), padding=1)
+            x = out + (x if x.shape[1] == channels else F.conv2d(activated, next(state), stride=stride))
+            assert x.shape[1] == channels
+    return F.linear(F.relu(normalised(state, x)).mean(dim=(2, 3)), next(state), next(state))
+
+
+WRITTEN_OUT = {
+    "shufflev1": shufflenetv1,
+    "wrn16_1": partial(wide_resnet, 16, 1),
+    "wrn16_2": partial(wide_resnet, 16, 2),
+    "wrn40_2": partial(wide_resnet, 40, 2),
+}
+
+
 @pytest.mark.parametrize("side", [32, 64])
-def test_shufflev1_is_the_papers_network_written_out_in_bare_functions(side: int) -> None:
-    ours = scrambled(models.build("shufflev1", 10))
+@pytest.mark.parametrize("name", WRITTEN_OUT)
+def test_logits_are_those_of_the_papers_network_written_out_in_bare_functions(name: str, side: int) -> None:
+    ours = scrambled(models.build(name, 10))
     state = iter(ours.state_dict().values())
     with torch.inference_mode():
-        expected, found = shufflenetv1(state, images(side)), ours(images(side))
+        expected, found = WRITTEN_OUT[name](state, images(side)), ours(images(side))
     assert next(state, None) is None
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
 
