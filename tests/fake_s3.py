@@ -30,6 +30,7 @@ class Bucket:
     delay_s: float = 0.0
     under_way: int = 0
     most_under_way: int = 0
+    counting: threading.Lock = field(default_factory=threading.Lock)
 
     def uri(self, path: str = "", bucket: str = "images", keys: str = "me:hidden@") -> str:
         return f"s3://{keys}{bucket}/{path}?endpoint_override=127.0.0.1:{self.port}&scheme=http&region=x"
@@ -53,10 +54,12 @@ def serve(folder: Path) -> Iterator[Bucket]:
         def do_GET(self) -> None:
             url = urlsplit(self.path)
             name, _, key = unquote(url.path).lstrip("/").partition("/")
-            bucket.under_way += 1
-            bucket.most_under_way = max(bucket.most_under_way, bucket.under_way)
+            with bucket.counting:
+                bucket.under_way += 1
+                bucket.most_under_way = max(bucket.most_under_way, bucket.under_way)
             time.sleep(bucket.delay_s)
-            bucket.under_way -= 1
+            with bucket.counting:
+                bucket.under_way -= 1
             if bucket.unplugged:
                 self.close_connection = True
                 return None

@@ -66,7 +66,7 @@ def _head(folder: Path, address: str, num_cpus: int, extra: dict[str, str]) -> I
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(folder / "token"),
     }
-    gcs, dashboard, client = (free_port(address) for _ in range(3))
+    gcs, client, dashboard = free_port(address), free_port(address), free_port("127.0.0.1")
     arguments = [
         *("--head", f"--port={gcs}", f"--ray-client-server-port={client}", f"--temp-dir={folder}"),
         *("--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", f"--num-cpus={num_cpus}"),

@@ -54,18 +54,30 @@ def break_off(arguments: list[str], when: Callable[[], bool], by: signal.Signals
         env=environment(),
     )
     deadline = time.monotonic() + 300
-    while not when():
-        assert process.poll() is None, f"ended by itself with {process.returncode}\n{process.communicate()[0]}"
-        assert time.monotonic() < deadline, "the moment never came"
-        time.sleep(0.005)
-    os.killpg(process.pid, by)
-    output, _ = process.communicate(timeout=300)
+    try:
+        while not when():
+            assert process.poll() is None, f"ended by itself with {process.returncode}\n{process.communicate()[0]}"
+            assert time.monotonic() < deadline, "the moment never came"
+            time.sleep(0.005)
+        os.killpg(process.pid, by)
+        output, _ = process.communicate(timeout=300)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
     return process.returncode, output
 
 
 def environment() -> dict[str, str]:
-    """The tests' environment with a terminal wide enough for one-line messages, and threads that share the cores."""
-    return os.environ | {"COLUMNS": "200", "OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE"}
+    """The tests' environment with a terminal wide enough for one-line messages, and threads that share the cores.
+
+    Without GPUs: what runs are compared with is computed on the CPU.
+    """
+    return os.environ | {
+        "COLUMNS": "200",
+        "OMP_NUM_THREADS": "2",
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
 
 
 def reached(folder: Path, step: int) -> Callable[[], bool]:

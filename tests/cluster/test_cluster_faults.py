@@ -10,6 +10,7 @@ import pytest
 import ray_node
 import s3_server
 from driver import driving
+from processes import below
 from ray_node import RayHead
 from runs import TWO, assert_equal_runs, command, reached
 from training_record import Record
@@ -19,7 +20,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.cluster, pytest.mar
 
 def worker_of(raylet: int) -> psutil.Process:
     """Return the training worker of a node."""
-    (worker,) = [p for p in psutil.Process(raylet).children(recursive=True) if "RayTrainWorker" in p.name()]
+    (worker,) = below(raylet, "RayTrainWorker")
     return worker
 
 
@@ -52,8 +53,7 @@ def test_a_run_in_a_bucket_waits_until_the_place_of_a_dead_node_is_taken_and_goe
 
 def writes_to_a_store(raylet: int) -> bool:
     """Whether rank 0 is on this node: it alone has a working folder, locked."""
-    workers = [p for p in psutil.Process(raylet).children(recursive=True) if "RayTrainWorker" in p.name()]
-    return any("/runs/run-" in file.path for worker in workers for file in worker.open_files())
+    return any("/runs/run-" in file.path for worker in below(raylet, "RayTrainWorker") for file in worker.open_files())
 
 
 def test_a_killed_driver_costs_nothing_when_its_command_is_typed_again(

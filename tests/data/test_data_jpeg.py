@@ -134,8 +134,9 @@ def test_any_bytes_give_pixels_or_an_error(content: bytes, start: int, seed: int
     for broken in (content, encoded[:start] + content + encoded[start + len(content) :]):
         try:
             pixels = decode_box(broken, (height, width), (0, 0, height, width)).pixels
-        except JPEGError:
-            assert not jpeg.check(broken)
+        except JPEGError as error:
+            may_be_sound = "declared size" in str(error)  # but of another one
+            assert may_be_sound or not jpeg.check(broken)
         else:
             assert pixels.shape == (height, width, 3)
 

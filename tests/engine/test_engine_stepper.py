@@ -35,6 +35,7 @@ def assert_networks(got: Trainer, want: Trainer, rtol: float = 0.0, atol: float 
 @pytest.mark.parametrize("objective", [["objective.gate=soft"], ["objective.name=switokd"]])
 def test_a_compiled_run_equals_the_eager_one_within_float_tolerance(tmp_path: Path, objective: Sequence[str]) -> None:
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     eager, compiled = (trainer(tmp_path / c, *GENTLE, *objective, f"train.compile={c}") for c in ("false", "true"))
     eager.run()
     compiled.run()

@@ -37,6 +37,6 @@ def quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[float], 
     set_patience(120)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"), prepend=os.pathsep)
     monkeypatch.setattr(lease, "REFRESH_S", 0.1)
-    monkeypatch.setattr(lease, "WATCH_S", 1.0)
+    monkeypatch.setattr(lease, "WATCH_S", 3.0)
     monkeypatch.setattr(lease, "SETTLE_S", 0.1)
     return set_patience

@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 import without_ray
+from processes import below
 from runs import TWO, assert_equal_runs, command, environment, reached
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray]
@@ -28,7 +29,7 @@ def kill_a_worker(arguments: list[str], when: Callable[[], bool]) -> tuple[int, 
         while not when():
             assert process.poll() is None, process.communicate()
             time.sleep(0.005)
-        workers = [child for child in started_by_ray(process.pid) if "RayTrainWorker" in child.name()]
+        workers = below(process.pid, "RayTrainWorker")
         assert len(workers) == 2
         workers[0].send_signal(signal.SIGKILL)
         output, errors = process.communicate(timeout=200)
@@ -48,10 +49,6 @@ def driver(arguments: list[str]) -> Iterator["subprocess.Popen[str]"]:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-
-
-def started_by_ray(driver: int) -> list[psutil.Process]:
-    return psutil.Process(driver).children(recursive=True)
 
 
 def test_a_killed_worker_costs_no_bit_whether_it_is_restarted_or_the_command_typed_again(
@@ -114,7 +111,7 @@ def test_an_error_on_one_rank_ends_the_run_at_once_and_is_not_tried_again(
     with driver(command(cache, tmp_path, *TWO)) as process:
         while not met.exists():
             assert process.poll() is None, process.communicate()
-            seen.update(started_by_ray(process.pid))
+            seen.update(psutil.Process(process.pid).children(recursive=True))
             time.sleep(0.1)
         output, errors = process.communicate(timeout=60)
     assert process.returncode == status, errors

@@ -53,12 +53,12 @@ def test_objectives_change_by_one_word(cache: Path, tmp_path: Path) -> None:
 
 
 @needs_clothing
-def test_photographs_at_224(cache: Path, tmp_path: Path) -> None:
+def test_photographs_at_224(tmp_path: Path) -> None:
     root = few(CLOTHING, tmp_path / "source", {"train": 64, "validation": 32, "test": 32})
     overrides = [f"data.root={root}", "train.epochs=2", "train.batch_size=16", "schedule.warmup_epochs=1"]
-    execute(command(cache, tmp_path, *overrides, recipe="clothing_r34_r18"))
+    execute(command(tmp_path / "cache", tmp_path, *overrides, recipe="clothing_r34_r18"))
     assert results(tmp_path / "run")["test"]["student"]["raw"]["count"] == 32
-    (prepared,) = cache.glob("source-*/train-00000.beton")
+    (prepared,) = (tmp_path / "cache").glob("source-*/train-00000.beton")
     assert Beton(prepared).is_jpeg.all()
 
 

@@ -12,12 +12,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pyarrow.parquet as pq
 import pytest
 import searches
 import without_ray
 import yaml
+from processes import below
 from rich.console import Console
 from runs import assert_same_weights, break_off, environment, event_points, execute
 from searches import command, records
@@ -335,7 +335,7 @@ def test_a_trial_that_loses_one_of_its_two_workers_goes_on_to_the_same_bits(
         while not any(trial["reports"] for trial in _whole_records(tmp_path / "broken")):
             assert process.poll() is None, process.communicate()[0]
             time.sleep(0.02)
-        (rank,) = [p for p in psutil.Process(process.pid).children(recursive=True) if "Rank" in p.name()]
+        (rank,) = below(process.pid, "Rank")
         rank.send_signal(signal.SIGKILL)
         output, _ = process.communicate(timeout=400)
     finally:

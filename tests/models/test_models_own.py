@@ -74,9 +74,9 @@ def test_a_package_in_the_folder_works_as_in_a_script(folder: Path) -> None:
     assert models.num_parameters(models.build("zoo.small:tiny", 4)) == 3 * 8 * 9 + 8 + 8 * 4 + 4
 
 
-def test_the_folder_comes_before_installed_modules(folder: Path) -> None:
+def test_the_folder_comes_before_installed_modules(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / "colorsys.py").write_text("from my_nets import tiny\n")  # a standard module that nothing here imports
-    sys.modules.pop("colorsys", None)
+    monkeypatch.delitem(sys.modules, "colorsys", raising=False)
     assert isinstance(models.build("colorsys:tiny", 5), nn.Module)
 
 

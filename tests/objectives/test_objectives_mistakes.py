@@ -279,4 +279,4 @@ def test_the_import_needs_nothing_beyond_torch_and_the_standard_library() -> Non
     roots = {name.partition(".")[0] for name in gained}
     assert roots <= set(sys.stdlib_module_names) | {"bdkd_dist"}
     ours = {name for name in gained if name.startswith("bdkd_dist.") and ".objectives" not in name}
-    assert ours == {"bdkd_dist.errors"}
+    assert ours == {"bdkd_dist.distributed", "bdkd_dist.errors"}
