@@ -5,7 +5,7 @@ shipped recipe of that name (or a YAML file), applies the overrides, each parsed
 Every mistake raises :class:`~bdkd_dist.errors.UserError` with one line.
 """
 
-from bdkd_dist.config.places import PLACES, absolute, places, with_absolute_paths
+from bdkd_dist.config.places import PLACES, absolute_place, places, with_absolute_paths
 from bdkd_dist.config.reading import from_dict, load, override, recipe_names, replace
 from bdkd_dist.config.sections import (
     NOT_IDENTITY,
@@ -34,7 +34,7 @@ __all__ = [
     "Run",
     "Schedule",
     "Train",
-    "absolute",
+    "absolute_place",
     "differences",
     "flatten",
     "from_dict",

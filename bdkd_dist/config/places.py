@@ -15,7 +15,7 @@ def places(recipe: Recipe) -> dict[str, str]:
     return {key: place for key, place in values.items() if place is not None}
 
 
-def absolute(place: str) -> str:
+def absolute_place(place: str) -> str:
     """Return a path as it is called from any working directory; a URI is."""
     return place if is_uri(place) else str(Path(place).expanduser().absolute())
 
@@ -25,7 +25,7 @@ def with_absolute_paths(recipe: Recipe) -> Recipe:
     changes: dict[str, dict[str, Any]] = {}
     for key, place in places(recipe).items():
         section, name = key.split(".")
-        changes.setdefault(section, {})[name] = absolute(place)
+        changes.setdefault(section, {})[name] = absolute_place(place)
     return recipe.model_copy(
         update={section: getattr(recipe, section).model_copy(update=values) for section, values in changes.items()}
     )

@@ -279,7 +279,7 @@ def _with_absolute_paths(space: Space) -> Space:
     relative, absolutes = [], []
 
     def absolute(key: str, value: Any) -> Any:
-        place = config.absolute(value) if key in config.PLACES and isinstance(value, str) else value
+        place = config.absolute_place(value) if key in config.PLACES and isinstance(value, str) else value
         if place != value:
             relative.append((key, value))
             absolutes.append(place)
