@@ -5,10 +5,12 @@ of what the function calls.
 """
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from filelock import FileLock
 from llvmlite import ir  # type: ignore[import-untyped]
 from numba import njit, types
 from numba.core import cgutils
@@ -22,9 +24,27 @@ Box = tuple[int, int, int, int]
 def _compiled(function: Callable[..., Any]) -> Any:
     options = {"nogil": True, "error_model": "numpy"}
     try:
-        return njit(cache=True, **options)(function)
+        compiled = njit(cache=True, **options)(function)
     except RuntimeError:  # neither the package's folder nor the home is writable
         return njit(**options)(function)
+    cache = compiled._cache
+    cache.save_overload = _one_at_a_time(cache.save_overload, Path(cache.cache_path))
+    return compiled
+
+
+def _one_at_a_time(save: Callable[..., None], folder: Path) -> Callable[..., None]:
+    """Return what saves compiled code while no other process does.
+
+    numba writes its index, then the file that the index names. Two processes that save code for different types at once
+    would give both the same name, and the index could say that one's code is the other's.
+    """
+
+    def locked(*arguments: Any) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / "kernels.lock"):
+            save(*arguments)
+
+    return locked
 
 
 @_compiled

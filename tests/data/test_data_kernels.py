@@ -1,6 +1,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -118,6 +119,43 @@ def test_functions_compile_where_no_folder_is_writable(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(kernels, "njit", njit)
     assert kernels._compiled(lambda x: x + 1)(2) == 3
+
+
+SAVE = """
+import sys, time
+from numba.core import caching
+from bdkd_dist.data import kernels
+
+load = caching.IndexDataCacheFile._load_index
+
+def slowly(self):
+    index = load(self)
+    time.sleep(2)  # meanwhile another process looks which names are free
+    return index
+
+caching.IndexDataCacheFile._load_index = slowly
+
+sys.path.insert(0, sys.argv[1])
+import doubling
+print(doubling.doubled({"int": 3, "float": 1.5}[sys.argv[2]]))
+"""
+DOUBLING = """
+from bdkd_dist.data.kernels import _compiled
+
+@_compiled
+def doubled(x):
+    return 2 * x
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_that_compile_for_different_types_at_once_keep_both(tmp_path: Path) -> None:
+    (tmp_path / "doubling.py").write_text(DOUBLING)
+    for _ in range(2):  # compiled, then as the cache has it
+        commands = [[sys.executable, "-c", SAVE, str(tmp_path), kind] for kind in ("int", "float")]
+        running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for command in commands]
+        assert [process.communicate(timeout=120)[0].strip() for process in running] == ["6", "3.0"]
+        assert len(list((tmp_path / "__pycache__").glob("*.nbc"))) == 2
 
 
 RENDER_IN_THREADS = """
