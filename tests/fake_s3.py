@@ -2,7 +2,6 @@
 
 import re
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 from xml.sax.saxutils import escape
 
+MEET_WITHIN_S = 2.0  # the client gives up after 3 s
 ERROR = "<Error><Code>{0}</Code><Message>{0}</Message></Error>"
 
 
@@ -27,10 +27,20 @@ class Bucket:
     forbidden: bool = False
     unplugged: bool = False
     """Connections are cut without an answer."""
-    delay_s: float = 0.0
+    together: int = 1
+    """Requests for objects are answered once so many are under way, or :data:`MEET_WITHIN_S` later."""
+    met: bool = False
+    """Whether so many ever were."""
     under_way: int = 0
-    most_under_way: int = 0
-    counting: threading.Lock = field(default_factory=threading.Lock)
+    changed: threading.Condition = field(default_factory=threading.Condition)
+
+    def meet(self) -> None:
+        with self.changed:
+            self.under_way += 1
+            self.met = self.met or self.under_way >= self.together
+            self.changed.notify_all()
+            self.changed.wait_for(lambda: self.met, timeout=MEET_WITHIN_S)
+            self.under_way -= 1
 
     def uri(self, path: str = "", bucket: str = "images", keys: str = "me:hidden@") -> str:
         return f"s3://{keys}{bucket}/{path}?endpoint_override=127.0.0.1:{self.port}&scheme=http&region=x"
@@ -54,12 +64,8 @@ def serve(folder: Path) -> Iterator[Bucket]:
         def do_GET(self) -> None:
             url = urlsplit(self.path)
             name, _, key = unquote(url.path).lstrip("/").partition("/")
-            with bucket.counting:
-                bucket.under_way += 1
-                bucket.most_under_way = max(bucket.most_under_way, bucket.under_way)
-            time.sleep(bucket.delay_s)
-            with bucket.counting:
-                bucket.under_way -= 1
+            if key:
+                bucket.meet()
             if bucket.unplugged:
                 self.close_connection = True
                 return None

@@ -98,11 +98,11 @@ def test_a_validation_split_is_the_test_split_where_no_other_has_labels(tmp_path
         assert source.splits["test"].labels.tolist() == [1, 1, 0]
 
 
-def test_an_unlabelled_validation_split_is_left_out(tmp_path: Path) -> None:
+def test_an_unlabelled_validation_split_is_refused(tmp_path: Path) -> None:
     write_splits(tmp_path, train=[0, 1], validation=[-1, -1], test=[1, 0])
-    assert sorted(open_source(data(root=str(tmp_path))).splits) == ["test", "train"]
+    refuse("validation image 0 has label -1", root=str(tmp_path))
     (tmp_path / "test-00000-of-00001.parquet").unlink()
-    refuse("neither a test nor a validation split with labels", root=str(tmp_path))
+    refuse("test image 0 has label -1", root=str(tmp_path))
 
 
 def test_images_stream_from_a_shard(tmp_path: Path) -> None:

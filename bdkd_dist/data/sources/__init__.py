@@ -71,7 +71,7 @@ def labelled(source: Source) -> Source:
     Raises:
         UserError: No split is left, or a label is not that of a class.
     """
-    if not (splits := _labelled_splits(source)):
+    if not (splits := {name: split for name, split in source.splits.items() if _has_labels(split)}):
         raise UserError(f"{source.name} holds no images with labels")
     _check_labels(splits, len(source.class_names), source.name)
     return replace(source, splits=splits)
@@ -137,7 +137,9 @@ def _found(place: Place, data: Data, without_classes: bool) -> Source | None:
 
 def _checked(source: Source, data: Data) -> Source:
     """Settle which split is which and check labels."""
-    splits, K = with_test(_labelled_splits(source)), len(source.class_names)
+    # Of tests alone it is known that they are published without labels; elsewhere -1 is a mistake, and named.
+    there = {name: s for name, s in source.splits.items() if len(s) and (name != "test" or _has_labels(s))}
+    splits, K = with_test(there), len(source.class_names)
     where = f"the source {shown(data.root) if data.root else source.name}"
     if "test" not in splits:
         raise UserError(f"{where} has neither a test nor a validation split with labels")
@@ -149,8 +151,8 @@ def _checked(source: Source, data: Data) -> Source:
     return replace(source, splits=splits)
 
 
-def _labelled_splits(source: Source) -> dict[str, SourceSplit]:
-    return {name: split for name, split in source.splits.items() if len(split) and np.any(split.labels != -1)}
+def _has_labels(split: SourceSplit) -> bool:
+    return bool(np.any(split.labels != -1))
 
 
 def _check_labels(splits: dict[str, SourceSplit], K: int, where: str) -> None:
