@@ -1,6 +1,7 @@
 """BD-KD beside its rivals on CIFAR-100 at equal budget, three seeds: accuracy and calibration after the last epoch.
 
     .venv/bin/python benchmarks/cifar100_study.py --cifar100 FOLDER                  # ten classes, for a CPU
+    .venv/bin/python benchmarks/cifar100_study.py --cifar100 FOLDER --scale longer   # three times as long
     .venv/bin/python benchmarks/cifar100_study.py --cifar100 FOLDER --scale full     # 240 epochs, for a GPU
     .venv/bin/python benchmarks/cifar100_study.py --cifar100 FOLDER --scale full --beyond
 
@@ -48,6 +49,8 @@ class Scale:
     pairs: tuple[str, ...]
     """Recipes."""
     settings: tuple[str, ...]
+    methods: tuple[str, ...]
+    """Beside the tuned BD-KD."""
     num_trials: int
     side_by_side: int
     ema_decay: float
@@ -58,27 +61,36 @@ class Scale:
     """By pair, what others published."""
 
 
-STRONGER = ("data.augment.rand_ops=1", "data.augment.cutout_px=8")
-SMALL_EPOCHS = 16
-SCALES = {
-    "small": Scale(
+def _ten_classes(epochs: int, milestones: tuple[int, ...], methods: tuple[str, ...]) -> Scale:
+    """Return a scale for a CPU: what is beyond takes twice as long."""
+    return Scale(
         "the first ten classes of CIFAR-100 (4,500 training, 500 validation, 1,000 test images), resnet20 → resnet8, "
-        f"{SMALL_EPOCHS} epochs",
+        f"{epochs} epochs",
         ("cifar100_r56_r20",),
         (
             *("data.dataset=files", "data.num_classes=10", "models.teacher=resnet20", "models.student=resnet8"),
-            *(f"train.epochs={SMALL_EPOCHS}", "schedule.milestones=[10,12,14]", "train.evaluate_every_epochs=4"),
-            "data.threads=1",
+            *(*_length(epochs, milestones), "train.evaluate_every_epochs=4", "data.threads=1"),
         ),
+        methods,
         num_trials=12,
         side_by_side=2,
         ema_decay=0.99,
         beyond={
             f"{TUNED} augmented": STRONGER,
-            f"{TUNED} longer": (f"train.epochs={2 * SMALL_EPOCHS}", "schedule.milestones=[20,24,28]"),
+            f"{TUNED} longer": _length(2 * epochs, tuple(2 * milestone for milestone in milestones)),
         },
         classes=10,
-    ),
+    )
+
+
+def _length(epochs: int, milestones: tuple[int, ...]) -> tuple[str, ...]:
+    return f"train.epochs={epochs}", f"schedule.milestones=[{','.join(map(str, milestones))}]"
+
+
+STRONGER = ("data.augment.rand_ops=1", "data.augment.cutout_px=8")
+SCALES = {
+    "small": _ten_classes(16, (10, 12, 14), METHODS),
+    "longer": _ten_classes(48, (30, 36, 42), ("ce", "dml", "bdkd")),
     "full": Scale(
         "CIFAR-100 (45,000 training, 5,000 validation, 10,000 test images), 240 epochs",
         ("cifar100_r32x4_r8x4", "cifar100_r56_r20"),
@@ -86,12 +98,13 @@ SCALES = {
             *("data.loader=resident", "train.precision=bf16", "train.compile=true"),
             *("train.evaluate_every_epochs=20", "train.log_every_steps=100"),
         ),
+        METHODS,
         num_trials=24,
         side_by_side=1,
         ema_decay=0.999,
         beyond={
             f"{TUNED} augmented": STRONGER,
-            f"{TUNED} longer": ("train.epochs=480", "schedule.milestones=[300,360,420]"),
+            f"{TUNED} longer": _length(480, (300, 360, 420)),
         },
         # CRD's and mdistiller's tables and SHAKE's paper.
         anchors={
@@ -121,19 +134,20 @@ def main() -> None:
         write_subset(data, out / "data", scale.classes)
         data = out / "data"
     command = f".venv/bin/python benchmarks/cifar100_study.py --cifar100 FOLDER --scale {arguments.scale}"
+    command += f" --weighting {arguments.weighting.name}" if arguments.weighting else ""
     reports = [header(command + " --beyond" * arguments.beyond)]
     for pair in arguments.pairs or scale.pairs:
         common = [pair, *scale.settings, f"data.root={data}"]
         try:
             weighting = arguments.weighting or search(out / pair, common, scale, end)
-            trained = {**dict.fromkeys(METHODS, ()), TUNED: (f"train.ema_decay={scale.ema_decay}",)}
+            trained = {**dict.fromkeys(scale.methods, ()), TUNED: (f"train.ema_decay={scale.ema_decay}",)}
             trained |= scale.beyond if arguments.beyond else {}
             train_all(out / pair, runs(out / pair, common, weighting, trained), scale.side_by_side, end, keep)
         except OutOfTimeError:
             raise SystemExit("the time is over; the same command goes on") from None
         finally:
             keep()
-        reports.append(report(out / pair, pair, scale, weighting, list(trained)))
+        reports.append(report(out / pair, pair, scale, weighting, list(trained), searched=not arguments.weighting))
     print("\n".join(reports))
 
 
@@ -220,8 +234,17 @@ def parameters(weighting: Path) -> list[str]:
     return [f"objective.{key}={value}" for key, value in objective.items() if key != "name"]
 
 
-def report(out: Path, pair: str, scale: Scale, weighting: Path, methods: list[str]) -> str:
-    """Compare the runs, and return the table with what it needs to be read."""
+def report(out: Path, pair: str, scale: Scale, weighting: Path, methods: list[str], *, searched: bool) -> str:
+    """Compare the runs, and return the table with what it needs to be read.
+
+    Args:
+        out: Where the runs lie.
+        pair: Recipe.
+        scale: How much was trained.
+        weighting: The recipe that holds the tuned parameters.
+        methods: Of the runs, in the table's order.
+        searched: Whether the weighting was found at this scale, and not given.
+    """
     names = {method: [name_of(method, seed) for seed in SEEDS] for method in methods}
     for of_method in names.values():
         check_one_method(out, of_method)
@@ -229,11 +252,12 @@ def report(out: Path, pair: str, scale: Scale, weighting: Path, methods: list[st
     run(bdkd("compare", *folders, "--out", str(out / "comparison")))
     rows = [row(out, f"`{method}`", of_method) for method, of_method in names.items()]
     rows.insert(methods.index(TUNED) + 1, row(out, f"`{AVERAGED}`", names[TUNED], "student_ema"))
-    found = ", ".join(argument.removeprefix("objective.") for argument in parameters(weighting))
+    values = ", ".join(argument.removeprefix("objective.") for argument in parameters(weighting))
+    best = f"is the best of {scale.num_trials} trials by validation NLL, with a further seed"
     lines = [
         f"\n**{pair}**: {scale.title}; test split, {len(SEEDS)} seeds, mean ± standard deviation:\n",
         table(rows),
-        f"\n`{TUNED}` is the best of {scale.num_trials} trials by validation NLL, with a further seed: {found}.",
+        f"\n`{TUNED}` {best if searched else 'has the weighting of an earlier search'}: {values}.",
         f"`{AVERAGED}` is the moving average of its student's weights over training (decay {scale.ema_decay} a step).",
     ]
     lines += [f"`{method}`: {' '.join(scale.beyond[method])}." for method in methods if method in scale.beyond]

@@ -1,5 +1,6 @@
 """A study stops in time, keeps what is finished, and makes no row of runs that differ in more than their seeds."""
 
+import dataclasses
 import importlib
 import subprocess
 import sys
@@ -39,8 +40,9 @@ def test_a_study_is_packed_after_each_run(tmp_path: Path, monkeypatch: pytest.Mo
         return start("")
 
     monkeypatch.setattr(trainings, "_start", training)
-    monkeypatch.setattr(study, "report", lambda *arguments: "")
-    monkeypatch.setattr(study, "METHODS", ("dml", "kdcl"))
+    monkeypatch.setattr(study, "report", lambda *arguments, **options: "")
+    scale = dataclasses.replace(study.SCALES["full"], methods=("dml", "kdcl"))
+    monkeypatch.setitem(study.SCALES, "full", scale)
     monkeypatch.setattr(study, "SEEDS", (0,))
     options = {"cifar100": tmp_path, "weighting": write_weighting(tmp_path), "carry": parts, "out": tmp_path / "out"}
     given = [word for key, value in options.items() for word in (f"--{key}", str(value))]
@@ -97,12 +99,12 @@ def test_runs_of_two_weightings_are_no_row(tmp_path: Path, monkeypatch: pytest.M
         recipe = config.load(run.arguments[0], [*run.arguments[1:], *place])
         (tmp_path / run.name).mkdir()
         (tmp_path / run.name / "recipe.yaml").write_text(recipe.to_yaml())
-    study.report(tmp_path, "digits", study.SCALES["small"], weighting, methods)
+    study.report(tmp_path, "digits", study.SCALES["small"], weighting, methods, searched=True)
     assert len(compared) == 1
 
     name = study.name_of(study.TUNED, 1)
     path = tmp_path / name / "recipe.yaml"
     path.write_text(config.load(str(path), ["objective.temperature=3"]).to_yaml())
     with pytest.raises(SystemExit, match=rf"objective.temperature is 2.0 in bdkd_tuned-0 and 3.0 in {name}"):
-        study.report(tmp_path, "digits", study.SCALES["small"], weighting, methods)
+        study.report(tmp_path, "digits", study.SCALES["small"], weighting, methods, searched=True)
     assert len(compared) == 1
