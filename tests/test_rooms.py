@@ -19,7 +19,7 @@ ORDER = (
     ("config",),
     ("models", "metrics", "objectives"),
 )
-BELOW_ALL = {"distributed", "uris", "files", "errors"}
+BELOW_ALL = {"distributed", "uris", "files", "cores", "errors"}
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names} | dict.fromkeys(BELOW_ALL, len(ORDER))
 FILES = sorted(HOUSE.rglob("*.py"))
 ONLY_IN = {"ray": "launch", "ffcv": "data", "matplotlib": "records", "tensorboard": "records"}

@@ -6,7 +6,6 @@ it is complete or absent. A preparation that was broken off goes on with the pie
 """
 
 import errno
-import os
 import re
 import shutil
 from collections import Counter
@@ -18,6 +17,7 @@ from pathlib import Path
 from threading import Lock
 
 from bdkd_dist.config import Data
+from bdkd_dist.cores import usable_cores
 from bdkd_dist.data.converting import (
     BrokenImage,
     Converted,
@@ -107,7 +107,7 @@ def prepare_into(
 
 def in_this_process(data: Data) -> ConvertAll:
     """Return what converts pieces in this process, with ``data.threads`` threads or one for each core."""
-    threads = data.threads or len(os.sched_getaffinity(0))
+    threads = data.threads or usable_cores()
     return lambda tasks, tell: convert_all(tasks, threads, tell)
 
 

@@ -9,12 +9,15 @@ import json
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bdkd_dist.cores import usable_cores
+from bdkd_dist.data.node_folder import node_folder
+from bdkd_dist.data.turns import turn_at
 from bdkd_dist.errors import UserError
 from bdkd_dist.files import atomic_write, json_text
 
@@ -179,22 +182,38 @@ def _part(entry: dict[str, Any]) -> Part:
 def verify(prepared: Prepared) -> None:
     """Compare all files with the manifest's sizes and checksums.
 
-    A file that was found whole is not read again while its size and time of change stay what they were, so that all
-    workers of all runs together read a large data set once.
+    A file that was found whole is not read again while its size and time of change stay what they were. That is noted
+    in the folder, so that all workers of all runs together read a large data set once; where nothing can be written
+    there, on the node, for its workers.
 
     Raises:
         UserError: Names the file, what is wrong with it and the way to mend it.
     """
-    known = read_verified(prepared.folder)
-    new = [part for part in prepared.parts if known.get(part.file, []) != stamp_of(prepared, part)]
-    if not new:
+    notes = _notes_folder(prepared.folder)
+    if not unverified(prepared, notes):
         return
-    with ThreadPoolExecutor(min(len(new), os.cpu_count() or 1)) as pool:
-        for complaint in pool.map(lambda part: complaint_about(prepared.folder / part.file, part), new):
-            if complaint:
-                raise UserError(f"{complaint}; delete the folder {prepared.folder} to prepare it again")
-    with suppress(OSError):  # a folder that may only be read is verified by every run
-        write_verified(prepared, prepared.parts)
+    with ExitStack() as stack:
+        with suppress(OSError):  # where nothing can be written at all, every worker reads the files
+            turn = turn_at(notes / VERIFIED, f"another process that compares {prepared.folder} with its manifest")
+            stack.enter_context(turn)
+        new = unverified(prepared, notes)
+        with ThreadPoolExecutor(usable_cores()) as pool:
+            for complaint in pool.map(lambda part: complaint_about(prepared.folder / part.file, part), new):
+                if complaint:
+                    raise UserError(f"{complaint}; delete the folder {prepared.folder} to prepare it again")
+        if new:
+            with suppress(OSError):
+                write_verified(prepared, prepared.parts, notes)
+
+
+def _notes_folder(folder: Path) -> Path:
+    """Return where it is noted which of a folder's files were found whole."""
+    if os.access(folder, os.W_OK):
+        return folder
+    own = node_folder() / "verified" / hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
+    with suppress(OSError):
+        own.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return own
 
 
 def sha256_of(path: Path) -> str:
@@ -216,7 +235,25 @@ def complaint_about(path: Path, expected: Part) -> str | None:
     return None if sha256 == expected.sha256 else f"{path} was altered: its SHA-256 is not the manifest's"
 
 
-def stamp_of(prepared: Prepared, part: Part) -> list[Any] | None:
+def unverified(prepared: Prepared, notes: Path) -> list[Part]:
+    """Return the files that are not there, or were not found whole since they changed.
+
+    Args:
+        prepared: Files of this machine.
+        notes: The folder in which :func:`write_verified` notes them down.
+    """
+    known = _read_verified(notes)
+    stamps = {part.file: _stamp_of(prepared, part) for part in prepared.parts}
+    return [part for part in prepared.parts if stamps[part.file] is None or known.get(part.file) != stamps[part.file]]
+
+
+def write_verified(prepared: Prepared, whole: Sequence[Part], notes: Path) -> None:
+    """Note down which files were found whole, so that nobody reads them again for that; see :func:`unverified`."""
+    stamps = {part.file: _stamp_of(prepared, part) for part in whole}
+    atomic_write(notes / VERIFIED, json_text(stamps, indent=1))
+
+
+def _stamp_of(prepared: Prepared, part: Part) -> list[Any] | None:
     """Return what tells that a file did not change since it was read."""
     try:
         stat = (prepared.folder / part.file).stat()
@@ -225,16 +262,9 @@ def stamp_of(prepared: Prepared, part: Part) -> list[Any] | None:
     return [part.sha256, stat.st_size, stat.st_mtime_ns]
 
 
-def read_verified(folder: Path) -> dict[str, list[Any]]:
-    """Return the stamps of a folder's files that were found whole."""
+def _read_verified(notes: Path) -> dict[str, list[Any]]:
     try:
-        stamps = json.loads((folder / VERIFIED).read_text())
+        stamps = json.loads((notes / VERIFIED).read_text())
     except (OSError, ValueError):
         return {}
     return stamps if isinstance(stamps, dict) else {}
-
-
-def write_verified(prepared: Prepared, whole: Sequence[Part]) -> None:
-    """Write down which of a folder's files were found whole, so that nobody reads them again for that."""
-    stamps = {part.file: stamp_of(prepared, part) for part in whole}
-    atomic_write(prepared.folder / VERIFIED, json_text(stamps, indent=1))

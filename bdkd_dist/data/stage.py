@@ -22,8 +22,7 @@ from bdkd_dist.data.prepared import (
     Prepared,
     complaint_about,
     is_prepared,
-    read_verified,
-    stamp_of,
+    unverified,
     write_manifest,
     write_verified,
 )
@@ -74,16 +73,14 @@ def stage(prepared: Prepared, near: Near, folder: Path | None = None) -> Prepare
 
 def _missing(staged: Prepared) -> list[Part]:
     """Return the files that are not there whole; those that changed since they were read are read again."""
-    known = read_verified(staged.folder)
-    stamps = {part.file: stamp_of(staged, part) for part in staged.parts}
-    unknown = [part for part in staged.parts if stamps[part.file] is None or known.get(part.file) != stamps[part.file]]
+    unknown = unverified(staged, staged.folder)
     if not unknown:
         return []
     with ThreadPoolExecutor(COPY_THREADS) as pool:
         complaints = list(pool.map(lambda part: complaint_about(staged.folder / part.file, part), unknown))
     missing = [part for part, complaint in zip(unknown, complaints, strict=True) if complaint]
     if len(missing) < len(unknown):
-        write_verified(staged, [part for part in staged.parts if part not in missing])
+        write_verified(staged, [part for part in staged.parts if part not in missing], staged.folder)
     return missing
 
 
@@ -102,7 +99,7 @@ def _copy_all(source: Prepared, staged: Prepared, missing: Sequence[Part], near:
             for copied in as_completed(copying):
                 copied.result()
                 whole.append(copying[copied])
-                write_verified(staged, whole)
+                write_verified(staged, whole, staged.folder)
         except BaseException:
             stop.set()
             pool.shutdown(wait=False, cancel_futures=True)

@@ -13,6 +13,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from bdkd_dist.config import Launch
+from bdkd_dist.cores import usable_cores
 from bdkd_dist.errors import UserError, first_line
 
 CONNECT_WITHIN_S = 10.0
@@ -69,7 +70,7 @@ def on_node(node_id: str) -> NodeAffinitySchedulingStrategy:
 
 def cores(launch: Launch, workers: int) -> int:
     """Return how many CPUs a cluster of this machine says it has: so many workers are asked for by name, and share."""
-    return max(os.cpu_count() or 1, math.ceil(workers * launch.cpus_per_worker))
+    return max(usable_cores(), math.ceil(workers * launch.cpus_per_worker))
 
 
 def claim(launch: Launch, cuda: bool) -> dict[str, float]:

@@ -12,6 +12,7 @@ from typing import Literal
 
 from rich.table import Table
 
+from bdkd_dist.cores import usable_cores
 from bdkd_dist.errors import first_line
 
 FFCV_PACKAGES = "g++ pkg-config libopencv-dev libturbojpeg0-dev python3-dev"
@@ -134,7 +135,7 @@ def _torchvision() -> Finding:
 def _devices() -> Finding:
     import torch
 
-    cores = f"{len(os.sched_getaffinity(0))} CPU cores"
+    cores = f"{usable_cores()} CPU cores"
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     if gpus:
         return Finding("devices", "ok", f"{cores}, {len(gpus)} × {gpus[0]}")

@@ -8,6 +8,7 @@ from types import FrameType
 import torch
 
 from bdkd_dist.config import Recipe
+from bdkd_dist.cores import usable_cores
 from bdkd_dist.engine.control import Control, Wish
 from bdkd_dist.engine.observer import Observer
 from bdkd_dist.launch.run_folder import RunFolder
@@ -19,6 +20,7 @@ STOPPING = "stopping with a checkpoint; Ctrl-C again stops at once and loses wha
 def train(recipe: Recipe, folder: RunFolder, progress: Observer, warn: Callable[[str], None]) -> None:
     """Train in this process; Ctrl-C or SIGTERM finishes the step and checkpoints. :func:`work` says what it raises."""
     device = torch.device("cuda" if wants_cuda(recipe) else "cpu")
+    torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))  # torch does not see a container's limit
     with stop_on_signal(warn) as pressed:
         work(recipe, folder, device, progress, _Pressed(pressed), warn)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import bdkd_dist
+from bdkd_dist.cores import usable_cores
 from bdkd_dist.files import atomic_write, json_text
 
 PACKAGE = Path(bdkd_dist.__file__).parent
@@ -37,7 +38,7 @@ def environment() -> dict[str, Any]:
         "code": {"sha256": source_hash(PACKAGE), "git": git_state(PACKAGE)},
         "hardware": {
             "cpu": _cpu_model(),
-            "usable_cores": len(os.sched_getaffinity(0)),
+            "usable_cores": usable_cores(),
             "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
             "gpus": _gpus(),
         },

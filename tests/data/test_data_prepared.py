@@ -3,6 +3,12 @@
 import hashlib
 import json
 import os
+import subprocess
+import tempfile
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +16,7 @@ import pytest
 from fake_sources import noise
 
 from bdkd_dist.data import prepared as room
+from bdkd_dist.data import turns
 from bdkd_dist.data.beton import BetonWriter
 from bdkd_dist.data.prepared import MANIFEST, Part, Prepared, is_prepared, read_manifest, verify, write_manifest
 from bdkd_dist.errors import UserError
@@ -98,6 +105,58 @@ def test_unchanged_files_are_read_once(folder: Path, monkeypatch: pytest.MonkeyP
     os.utime(folder / "train-00001.beton", ns=(0, 0))
     verify(read_manifest(folder))
     assert read == ["train-00001.beton"]
+
+
+def test_workers_that_start_together_read_the_files_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+    reading, waited = threading.Event(), threading.Event()
+    whole = room.sha256_of
+
+    def slowly(path: Path) -> str:
+        read.append(path.name)
+        reading.set()
+        assert waited.wait(60)
+        return whole(path)
+
+    monkeypatch.setattr(room, "sha256_of", slowly)
+    monkeypatch.setattr(turns.logger, "warning", lambda line, *said: waited.set())  # one waits for the other
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(verify, read_manifest(folder))
+        assert reading.wait(60)
+        second = pool.submit(verify, read_manifest(folder))
+        first.result()
+        second.result()
+    assert sorted(read) == ["test-00000.beton", "train-00000.beton", "train-00001.beton"]
+
+
+def test_files_that_may_only_be_read_are_read_once_on_a_node(
+    folder: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+    whole = room.sha256_of
+    monkeypatch.setattr(room, "sha256_of", lambda path: (read.append(path.name), whole(path))[1])
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path_factory.mktemp("node")))
+    with read_only(folder):
+        verify(read_manifest(folder))
+        assert len(read) == 3
+        verify(read_manifest(folder))
+        assert len(read) == 3
+    change_a_byte(folder / "test-00000.beton")
+    with read_only(folder), pytest.raises(UserError, match="was altered"):
+        verify(read_manifest(folder))
+    assert not (folder / room.VERIFIED).exists()
+
+
+@contextmanager
+def read_only(folder: Path) -> Iterator[None]:
+    """Mount a folder over itself, so that not even root writes there."""
+    mounts = (["mount", "--bind", folder, folder], ["mount", "-o", "remount,ro,bind", folder])
+    if os.geteuid() != 0 or any(subprocess.run(mount, capture_output=True).returncode for mount in mounts):
+        pytest.skip("this machine does not let a test mount a folder")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", folder], check=True)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"train-00000.beton": 3}'])
