@@ -1,7 +1,8 @@
 """Batch normalisation over the whole batch of all ranks.
 
-torch's ``SyncBatchNorm`` runs on accelerators only; on the CPU :class:`CrossRankBatchNorm` does the same, so that a
-run gives the same result however many workers share its batch.
+torch's ``SyncBatchNorm`` runs on accelerators only, and what it computes depends on how many ranks hold no image: the
+host waits for that number in every layer, and a compiled graph ends there. On the CPU, and compiled,
+:class:`CrossRankBatchNorm` does the same, so that a run gives the same result however many workers share its batch.
 """
 
 from typing import Any
@@ -77,9 +78,15 @@ CROSS_RANK: dict[type[nn.Module], type[nn.Module]] = {
 }
 
 
-def synchronise(module: nn.Module, device: torch.device) -> nn.Module:
-    """Return the module with every batch norm taking its statistics over all ranks; names and state stay."""
-    if device.type != "cpu":
+def synchronise(module: nn.Module, device: torch.device, compiled: bool) -> nn.Module:
+    """Return the module with every batch norm taking its statistics over all ranks; names and state stay.
+
+    Args:
+        module: Holds batch norms.
+        device: Where it runs.
+        compiled: Whether it is compiled there.
+    """
+    if device.type != "cpu" and not compiled:
         return nn.SyncBatchNorm.convert_sync_batchnorm(module)
     for child in module.modules():
         if (kind := CROSS_RANK.get(type(child))) is not None:

@@ -1,6 +1,7 @@
 """Evaluation: every sample of a split once over all ranks, all networks on the same images."""
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -34,9 +35,12 @@ class Evaluator:
     """Runs networks over splits.
 
     Args:
-        pair: Knows how images are normalised and under which precision networks run.
+        pair: Knows how images are normalised, and the precision of training.
         networks: By name; may hold more than the pair's own (moving averages).
+        num_classes: K.
+        device: Where they are.
         beat: Told of every batch.
+        precise: Run the networks in float32, whatever the precision of training.
         replayed: Run the networks as CUDA graphs.
     """
 
@@ -47,6 +51,7 @@ class Evaluator:
         num_classes: int,
         device: torch.device,
         beat: Callable[[], None] = lambda: None,
+        precise: bool = True,
         replayed: bool = False,
     ):
         self.pair = pair
@@ -54,6 +59,7 @@ class Evaluator:
         self.num_classes = num_classes
         self.device = device
         self.beat = beat
+        self.precise = precise
         self.forward = Replayed(self._logits, device, "train.compile=true") if replayed else self._logits
 
     def diagnose(self, batches: Iterable[Batch]) -> tuple[dict[str, CalibrationState], dict[str, Tensor]]:
@@ -107,7 +113,7 @@ class Evaluator:
     def _logits(self, images: Tensor) -> Tensor:
         """Return every network's logits, (number of networks, B, K) float32, for (B, H, W, 3) uint8 images."""
         pixels = self.pair.normalise(images)
-        with self.pair.autocast(self.device):
+        with nullcontext() if self.precise else self.pair.autocast(self.device):
             return torch.stack([network(pixels).float() for network in self.networks.values()])
 
 

@@ -1,6 +1,6 @@
 """The training loop of one rank: steps, logs, evaluations, checkpoints, and going on exactly where a run was cut.
 
-Nothing in a step waits for the device: per-step values go into a buffer there and are read every
+No step waits for the device here: per-step values go into a buffer there and are read every
 ``train.log_every_steps`` steps.
 """
 
@@ -52,6 +52,7 @@ class Trainer:
 
     Attributes:
         step: Optimiser steps done.
+        evaluator: Of the epochs.
     """
 
     def __init__(
@@ -77,7 +78,7 @@ class Trainer:
         self.mixing = Mixing.training(recipe.data, recipe.train.seed)
         self.pair = build_pair(recipe, device)
         if recipe.train.batchnorm == "sync" and self.world > 1:
-            synchronise(self.pair, device)
+            synchronise(self.pair, device, recipe.train.compile)
         self.stepper = Stepper(self.pair, recipe, device)
         self.step = self.epoch = self.step_in_epoch = 0
         self.history = torch.empty(0)
@@ -96,8 +97,13 @@ class Trainer:
             recipe.data.num_classes,
             device,
             self.control.beat,
+            precise=False,
             replayed=self.stepper.replayed,
         )
+
+    def precise_evaluator(self) -> Evaluator:
+        """Return what measures the networks as they are exported, in float32, and not as training saw them."""
+        return Evaluator(self.pair, self.networks, self.recipe.data.num_classes, self.device, self.control.beat)
 
     @property
     def networks(self) -> dict[str, nn.Module]:

@@ -78,7 +78,7 @@ class Replayed:
                 raise first from None
             raise UserError(
                 f"{self._setting}: the networks cannot be recorded as a CUDA graph ({first_line(first)}); "
-                f"something in them waits for the GPU; leave {self._setting} out"
+                f"something in them waits for the GPU, or changes from call to call; leave {self._setting} out"
             ) from error
         if _host_generators() != drawn:
             raise UserError(

@@ -1,7 +1,8 @@
 """One optimiser step of a rank: images and targets in, changed networks and the step's values out.
 
-Nothing here waits for the device. Under ``train.compile`` normalisation, networks and objective are one compiled graph;
-on a single GPU the whole step, with its backward pass and the optimiser, is one CUDA graph.
+Nothing here waits for the device, apart from torch's ``SyncBatchNorm`` on several GPUs. Under ``train.compile``
+normalisation, networks and objective are one compiled graph; on a single GPU the whole step, with its backward pass and
+the optimiser, is one CUDA graph.
 """
 
 import copy
@@ -30,11 +31,14 @@ SYNC_BUFFERS = "forward_sync_buffers" if "forward_sync_buffers" in _DDP_OPTIONS 
 def release() -> None:
     """Free what a trainer leaves behind that is no longer used, before the next one of this process.
 
-    It refers to itself, and holds the memory of what it recorded until Python looks for such; and torch keeps what it
-    compiled of a function, of a few trainers at most: whatever follows would not be compiled.
+    It refers to itself, and holds the memory of what it recorded until Python looks for such; torch keeps what it
+    compiled of a function, of a few trainers at most: whatever follows would not be compiled; and it keeps memory of
+    the device that neighbours there, and whoever asks how much is free, would miss.
     """
     gc.collect()
     torch._dynamo.reset()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 class Stepper:
@@ -63,8 +67,8 @@ class Stepper:
         self.optimizer = build_optimizer(pair, recipe.optimizer, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=recipe.train.precision == "fp16")
         self.names: list[str] = []
-        # DDP sends gradients from the host, the scaler decides there whether to step, and images that grow would leave
-        # the memory of a graph behind at every size.
+        # DDP sends gradients from the host, images that grow would leave the memory of a graph behind at every size, a
+        # recorded scaler has not been shown to equal one that is not.
         fixed = self.world == 1 and not self.scaler.is_enabled() and not recipe.data.resize
         self.replayed = recipe.train.compile and device.type == "cuda" and fixed
 

@@ -48,7 +48,7 @@ def record_shift(trainer: Trainer, folder: RunFolder, console: Console) -> None:
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("corrupting test images", total=len(batches) * len(VARIANTS))
         images = trainer.loaders["test"].batches(0, batches)
-        networks = measure_shift(trainer.evaluator, images, temperatures, lambda: bar.advance(task))
+        networks = measure_shift(trainer.precise_evaluator(), images, temperatures, lambda: bar.advance(task))
     image_px = trainer.recipe.data.image_px
     amounts = {name: corruption.amounts(image_px) for name, corruption in CORRUPTIONS.items()}
     measured = {"step": trainer.step, "seed": SEED, "amounts": amounts, "networks": networks}
@@ -69,7 +69,7 @@ def record_ood(trainer: Trainer, source: str, other: Prepared, folder: RunFolder
     (split,) = other.splits
     images = Beton(*other.paths(split))
     kind = "auto" if data.loader == "resident" else data.loader  # they may differ in size
-    evaluator, threads = trainer.evaluator, loader_threads(trainer.recipe)
+    evaluator, threads = trainer.precise_evaluator(), loader_threads(trainer.recipe)
     here = rank_shard(trainer.dataset.test.indices, batch_size, 0, 1)
     inside = evaluator.outputs(trainer.loaders["test"].batches(0, here))
     with closing(open_loader(kind, images, Transform.evaluation(data), threads)) as loader:

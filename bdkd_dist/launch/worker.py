@@ -1,6 +1,5 @@
 """One training process from end to end: data, pair, loop, final evaluation, records. The same under every launcher."""
 
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -11,6 +10,7 @@ import torch
 
 from bdkd_dist import distributed
 from bdkd_dist.config import Recipe
+from bdkd_dist.cores import usable_cores
 from bdkd_dist.data.augment import Transform
 from bdkd_dist.data.dataset import Dataset, load_dataset
 from bdkd_dist.data.loader import Loader, open_loader
@@ -138,17 +138,17 @@ def open_loaders(recipe: Recipe, dataset: Dataset, device: torch.device, stack: 
 
 def loader_threads(recipe: Recipe) -> int:
     """Return the loader's threads or processes of this worker: by default its share of the cores."""
-    return recipe.data.threads or max(1, len(os.sched_getaffinity(0)) // distributed.local_world_size())
+    return recipe.data.threads or max(1, usable_cores() // distributed.local_world_size())
 
 
 def finish(trainer: Trainer, folder: RunFolder) -> None:
     """Evaluate validation and test with the networks as they are; write results, figures and predictions."""
     recipe, dataset = trainer.recipe, trainer.dataset
-    outputs = {}
+    outputs, evaluator = {}, trainer.precise_evaluator()
     for split in ("validation", "test"):
         indices = getattr(dataset, split).indices
         batches = rank_shard(indices, recipe.train.batch_size, trainer.rank, trainer.world)
-        outputs[split] = trainer.evaluator.outputs(trainer.loaders[split].batches(0, batches))
+        outputs[split] = evaluator.outputs(trainer.loaders[split].batches(0, batches))
     with beating(trainer.control.beat):
         _record(trainer, folder, outputs["validation"], outputs["test"])
 

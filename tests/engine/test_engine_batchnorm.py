@@ -46,7 +46,7 @@ def rank_main(rank: int, world: int, folder: str) -> None:
     for kind in KINDS:
         x, grad = whole_batch(kind)
         mine = x.split(SHARES[world])[rank].clone().requires_grad_()
-        layer = synchronise(nn.Sequential(norm(kind)), torch.device("cpu"))
+        layer = synchronise(nn.Sequential(norm(kind)), torch.device("cpu"), compiled=False)
         y = layer(mine)
         (y * grad.split(SHARES[world])[rank]).sum().backward()
         grads = {name: parameter.grad for name, parameter in layer[0].named_parameters()}
@@ -83,6 +83,14 @@ def test_two_and_three_ranks_equal_the_whole_batch(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_alone_it_is_torchs_own(kind: str) -> None:
     x, _ = whole_batch(kind)
-    ours = synchronise(nn.Sequential(norm(kind)), torch.device("cpu"))
+    ours = synchronise(nn.Sequential(norm(kind)), torch.device("cpu"), compiled=False)
     assert isinstance(ours[0], CrossRankBatchNorm)
     assert torch.equal(ours(x), norm(kind)(x))
+
+
+def test_torchs_own_is_for_eager_gpus_alone() -> None:
+    """Its forward pass looks at a value, where a compiled graph would end."""
+    gpu = torch.device("cuda")
+    eager, compiled = (synchronise(nn.Sequential(nn.BatchNorm2d(5)), gpu, compiled=c)[0] for c in (False, True))
+    assert type(eager) is nn.SyncBatchNorm
+    assert isinstance(compiled, CrossRankBatchNorm)

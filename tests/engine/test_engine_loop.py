@@ -182,3 +182,14 @@ def test_two_ranks_augment_and_mix_as_one(tmp_path: Path) -> None:
             torch.testing.assert_close(two["networks"][role][key], value, rtol=1e-3, atol=1e-4)
     students = one["networks"]["student"], plain["networks"]["student"]
     assert not all(torch.allclose(students[0][key], students[1][key], rtol=1e-3, atol=1e-4) for key in students[0])
+
+
+def test_results_are_measured_in_float32_and_epochs_as_they_train(tmp_path: Path) -> None:
+    made = trainer(tmp_path, "train.precision=bf16")
+    batch = next(iter(Noise().batches(0, np.arange(8)[None])))
+    coarse, exact = (e.outputs([batch]).logits["student"] for e in (made.evaluator, made.precise_evaluator()))
+    network = made.pair.networks["student"].eval()
+    with torch.no_grad():
+        assert torch.equal(exact, network(made.pair.normalise(batch.images)))
+    assert torch.equal(coarse, coarse.bfloat16().float())
+    assert not torch.equal(coarse, exact)

@@ -197,6 +197,17 @@ def test_a_recording_does_not_mind_threads_that_pin_memory() -> None:
 
 
 @needs_gpu
+def test_what_a_trainer_held_of_the_gpu_is_free_for_others() -> None:
+    release()
+    before = torch.cuda.memory_reserved()
+    held = torch.empty(2**28, dtype=torch.uint8, device="cuda")
+    assert torch.cuda.memory_reserved() >= before + len(held)
+    del held
+    release()
+    assert torch.cuda.memory_reserved() <= before
+
+
+@needs_gpu
 @pytest.mark.slow
 def test_a_network_that_waits_for_the_gpu_is_said(tmp_path: Path) -> None:
     """Comes last: older versions of torch cannot record again in a process in which a recording broke off."""

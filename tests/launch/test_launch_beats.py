@@ -97,7 +97,7 @@ def test_a_run_beats_while_it_calibrates_and_no_longer(monkeypatch: pytest.Monke
     trainer = SimpleNamespace(
         recipe=recipe,
         dataset=SimpleNamespace(validation=SimpleNamespace(indices=[]), test=SimpleNamespace(indices=[])),
-        evaluator=SimpleNamespace(outputs=lambda batches: None),
+        precise_evaluator=lambda: SimpleNamespace(outputs=lambda batches: None),
         loaders=dict.fromkeys(("validation", "test"), SimpleNamespace(batches=lambda epoch, indices: [])),
         control=SimpleNamespace(beat=beat),
         rank=0,
