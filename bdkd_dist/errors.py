@@ -1,11 +1,29 @@
 """How a command ends other than well, said in one line; whatever else is raised is a bug of ours, and a trace."""
 
 import difflib
+import socket
 from collections.abc import Iterable
 
 
 class UserError(ValueError):
     """A mistake the user can mend: exit status 2."""
+
+
+class UnfitNode(UserError):
+    """A node lacks what a run needs there, and other nodes may have it.
+
+    Attributes:
+        node: Its name: the one where this was raised.
+    """
+
+    def __init__(self, line: str):
+        super().__init__(line)
+        self.node = socket.gethostname()
+
+    @property
+    def named(self) -> str:
+        """The line, with the node's name before it."""
+        return f"node {self.node}: {self}"
 
 
 class Fault(RuntimeError):

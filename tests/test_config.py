@@ -67,6 +67,11 @@ def test_overrides_are_parsed_by_the_keys_type(override: str, read, value: objec
     assert type(got) is type(value)
 
 
+@pytest.mark.parametrize("other", ["launch.workers=1", "launch.device=cpu", "launch.placement=spread"])
+def test_a_part_of_a_gpu_is_for_workers_that_need_not_speak_to_each_other_there(other: str) -> None:
+    config.load("digits", ["launch.workers=2", "launch.gpus_per_worker=0.5", other])
+
+
 def test_changing_the_objective_drops_the_former_ones_parameters(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(config.load("digits", ["objective.nu_reverse=3"]).to_yaml())
@@ -90,6 +95,10 @@ def test_changing_the_objective_drops_the_former_ones_parameters(tmp_path: Path)
         (["objective.name=dml", "objective.nu_reverse=2"], ["objective.nu_reverse"]),
         (["optimizer.lr=nan"], ["optimizer.lr=nan", "finite"]),
         (["launch.workers=33"], ["train.batch_size=64", "less than two images", "launch.workers=33"]),
+        (
+            ["launch.workers=2", "launch.gpus_per_worker=0.5"],
+            ["launch.gpus_per_worker=0.5 with launch.workers=2", "NCCL"],
+        ),
         (["data.cache=process"], ["data.cache=process needs data.order=quasi_random", "data.order=random"]),
         (["data.cache=process", "data.order=quasi_random", "data.loader=torch"], ["FFCV", "data.loader=torch"]),
         (["data.cache=ram"], ["data.cache=ram", "'os' or 'process'"]),

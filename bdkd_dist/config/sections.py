@@ -261,7 +261,7 @@ class Launch(Section):
     """Claimed from Ray. In a run a worker uses its share of its node's cores, whatever it claimed; a trial of a search
     uses only these."""
     gpus_per_worker: float = Field(1.0, gt=0)
-    """Claimed from Ray where workers compute on GPUs."""
+    """Claimed from Ray where workers compute on GPUs; a part of one only where a run or a trial has one worker."""
     placement: Literal["pack", "spread"] = "pack"
     """Workers on as few nodes as possible, or on as many."""
     bucket_mib: float | None = Field(None, gt=0)
@@ -334,6 +334,12 @@ class Recipe(Section):
             )
         if self.train.compile and self.train.gradient_shares:
             raise ValueError("train.gradient_shares does not go with train.compile; leave one of them out")
+        launch = self.launch
+        if workers > 1 and launch.gpus_per_worker < 1 and launch.placement == "pack" and launch.device != "cpu":
+            raise ValueError(
+                f"launch.gpus_per_worker={launch.gpus_per_worker:g} with launch.workers={workers}: workers that share "
+                "a GPU cannot exchange gradients (NCCL refuses); give 1 or more"
+            )
         if batch < 2 * workers:
             raise ValueError(f"train.batch_size={batch} is less than two images for each of launch.workers={workers}")
         if self.data.cache == "process" and self.data.order != "quasi_random":

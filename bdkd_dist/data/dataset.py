@@ -16,7 +16,7 @@ from bdkd_dist.data.remote import find_remote, with_tables_only
 from bdkd_dist.data.sources.storage import Place
 from bdkd_dist.data.splits import limit, stratified, with_test
 from bdkd_dist.data.stage import stage
-from bdkd_dist.errors import UserError
+from bdkd_dist.errors import UnfitNode, UserError
 from bdkd_dist.uris import is_uri, shown
 
 
@@ -52,14 +52,18 @@ def load_dataset(data: Data, progress: Progress | None = None) -> Dataset:
     """Find or make the prepared files, see that they are whole, copy them near if asked, and open them.
 
     Raises:
-        UserError: See :func:`find_prepared`, :func:`~bdkd_dist.data.prepared.verify`,
-            :func:`~bdkd_dist.data.stage.stage` and :func:`open_dataset`.
+        UnfitNode: The files are not here, not whole, or there is no room for them; see :func:`find_prepared`,
+            :func:`~bdkd_dist.data.prepared.verify` and :func:`~bdkd_dist.data.stage.stage`.
+        UserError: See :func:`open_dataset`.
     """
-    prepared = find_prepared(data, progress)
-    if data.stage == "shared":
-        verify(prepared)
-    else:
-        prepared = stage(prepared, data.stage, Path(data.stage_folder).expanduser() if data.stage_folder else None)
+    try:
+        prepared = find_prepared(data, progress)
+        if data.stage == "shared":
+            verify(prepared)
+        else:
+            prepared = stage(prepared, data.stage, Path(data.stage_folder).expanduser() if data.stage_folder else None)
+    except UserError as error:
+        raise UnfitNode(str(error)) from None
     return open_dataset(prepared, data)
 
 

@@ -26,7 +26,7 @@ from bdkd_dist.launch import cluster
 from bdkd_dist.launch.local import stop_on_signal, wants_cuda
 from bdkd_dist.launch.ray_worker import ENDS, ENDS_OF_ONE_RANK, is_loss, ray_worker
 from bdkd_dist.launch.relay import Relay
-from bdkd_dist.launch.vigil import Vigil, WorkersLost
+from bdkd_dist.launch.vigil import TALK_WITHIN_S, Vigil, WorkersLost, patience_s
 
 POLL_S = 0.5
 RESIZE_EVERY_S = 30.0
@@ -105,7 +105,11 @@ def train(recipe: Recipe, progress: Observer, warn: Callable[[str], None], addre
         trainer = TorchTrainer(
             ray_worker,
             train_loop_config={"recipe": with_absolute_paths(recipe).to_dict(), "relay": relay},
-            torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if cuda else "gloo"),
+            torch_config=TorchConfig(
+                backend="cpu:gloo,cuda:nccl" if cuda else "gloo",
+                # By default half an hour: less than a node may take to copy its data while the others wait for it.
+                timeout_s=round(patience_s(launch, begun=False) + TALK_WITHIN_S),
+            ),
             scaling_config=ScalingConfig(
                 num_workers=launch.workers,
                 use_gpu=cuda,

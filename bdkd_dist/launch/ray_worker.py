@@ -1,6 +1,5 @@
 """What every Ray Train worker runs, and how it says how it ended."""
 
-import os
 import pickle
 import re
 import traceback
@@ -14,10 +13,11 @@ from ray.exceptions import RayError
 from ray.train.torch import get_device
 
 from bdkd_dist import config, distributed
+from bdkd_dist.cores import usable_cores
 from bdkd_dist.data.loader import DataError
 from bdkd_dist.engine.endings import Diverged, Interrupted
 from bdkd_dist.engine.observer import EvalLog, Observer, StepLog
-from bdkd_dist.errors import UserError
+from bdkd_dist.errors import UnfitNode, UserError
 from bdkd_dist.launch.lease import Superseded
 from bdkd_dist.launch.run_folder import RunFolder
 from bdkd_dist.launch.watch import Watch
@@ -77,7 +77,7 @@ def ray_worker(settings: dict[str, Any]) -> None:
     try:
         if distributed.rank() == 0:
             folder.check_seen(recipe)
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // distributed.local_world_size()))
+        torch.set_num_threads(max(1, usable_cores() // distributed.local_world_size()))
         work(
             recipe,
             folder,
@@ -92,7 +92,7 @@ def ray_worker(settings: dict[str, Any]) -> None:
     except Diverged as error:
         tell_once("diverged", str(error))
     except UserError as error:
-        tell("mistaken", str(error))
+        tell("mistaken", error.named if isinstance(error, UnfitNode) else str(error))
     except DataError as error:
         tell("damaged", str(error))
     except Superseded as error:

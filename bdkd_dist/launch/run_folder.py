@@ -3,7 +3,6 @@
 import atexit
 import os
 import shutil
-import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -21,7 +20,7 @@ from bdkd_dist.data.node_folder import node_folder
 from bdkd_dist.data.sources.storage import Place
 from bdkd_dist.engine.checkpoint import checkpoints_among
 from bdkd_dist.engine.patience import patiently
-from bdkd_dist.errors import UserError
+from bdkd_dist.errors import UnfitNode, UserError
 from bdkd_dist.files import atomic_write
 from bdkd_dist.launch.lease import Lease
 from bdkd_dist.records.environment import write_environment
@@ -172,18 +171,21 @@ class RunFolder:
             raise UserError(f"{self}/recipe.yaml does not fit this version: {' '.join(str(error).split())}") from None
 
     def check_seen(self, recipe: Recipe) -> None:
-        """Raise UserError where this node does not see the folder in which another one keeps the recipe's run.
+        """See that this node sees the folder in which another one keeps the recipe's run.
 
         Args:
             recipe: As rank 0 has it; paths in it may have been made absolute.
+
+        Raises:
+            UnfitNode: It does not.
         """
         if self.sees("recipe.yaml"):
             differences = config.differences(self.read_recipe(), recipe)
             if all(key == "models.teacher_checkpoint" for key, _, _ in differences):
                 return
-        raise UserError(
-            f"run.storage={Place.of(recipe.run.storage).where()}: node {socket.gethostname()} does not see the run "
-            "that was begun there; give a path that all nodes share, or a URI (s3://…)"
+        raise UnfitNode(
+            f"run.storage={Place.of(recipe.run.storage).where()}: the run that was begun there is not seen; "
+            "give a path that all nodes share, or a URI (s3://…)"
         )
 
     def sees(self, name: str) -> bool:

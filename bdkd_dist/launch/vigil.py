@@ -18,8 +18,15 @@ SILENT_S = 15.0
 """Workers that said nothing for so long are waited for: they are gone, or start again."""
 FIRST_STEP_S = 3600.0
 """At least so long may pass before the first step, in which data may be copied and networks compiled."""
+TALK_WITHIN_S = 600.0
+"""Ranks give up on each other by themselves so long after the vigil would have started them again."""
 STACKS_WITHIN_S = 10.0
 KILL_WITHIN_S = 30.0
+
+
+def patience_s(launch: Launch, begun: bool) -> float:
+    """Return how long no worker may finish a step: the first, in which data may be copied, takes its time."""
+    return launch.stall_timeout_s if begun else max(FIRST_STEP_S, launch.stall_timeout_s)
 
 
 class WorkersLost(Fault):
@@ -58,8 +65,7 @@ class Vigil:
         self._next_look_s = now_s + LOOK_EVERY_S
         workers: Workers = ray.get(self.relay.workers.remote())
         self.alone = not workers.complete
-        patience_s = self.launch.stall_timeout_s if workers.begun else max(FIRST_STEP_S, self.launch.stall_timeout_s)
-        if workers.complete and workers.idle_s > patience_s:
+        if workers.complete and workers.idle_s > patience_s(self.launch, workers.begun):
             self._restart(workers)
         elif workers.complete and workers.silent_s < SILENT_S:
             self.waiting = False

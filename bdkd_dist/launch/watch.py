@@ -59,6 +59,9 @@ class Watch(Control):
         while True:
             try:
                 orders = ray.get(self._relay.beat.remote(self._beat._replace(done=self._done)))
+            except ray.exceptions.ActorUnavailableError:  # the connection broke, and may come back
+                time.sleep(BEAT_S)
+                continue
             except Exception:  # the driver is gone, and Ray ends this process too
                 return
             if "leave" in orders:

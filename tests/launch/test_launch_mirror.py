@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import socket
 from collections.abc import Callable
 from itertools import count
@@ -17,7 +18,7 @@ from bdkd_dist import config
 from bdkd_dist.data.sources.storage import Place
 from bdkd_dist.engine.checkpoint import Checkpoints
 from bdkd_dist.engine.observer import StepLog
-from bdkd_dist.errors import UserError
+from bdkd_dist.errors import UnfitNode, UserError
 from bdkd_dist.launch import lease, run_folder
 from bdkd_dist.launch.lease import Lease, Superseded
 from bdkd_dist.launch.mirror import RECORDS, RunCheckpoints
@@ -298,11 +299,13 @@ def test_a_node_that_does_not_see_the_folder_is_named(tmp_path: Path, monkeypatc
     monkeypatch.setattr(run_folder, "SEEN_WITHIN_S", 0)
     recipe = config.load("digits", [f"run.storage={tmp_path}", "run.name=n"])
     folder = RunFolder.of(recipe)
-    with pytest.raises(UserError, match=rf"^run.storage={tmp_path}: node \S+ does not see the run"):
+    with pytest.raises(UnfitNode, match=f"^run.storage={tmp_path}: the run that was begun there is not seen") as caught:
         folder.check_seen(recipe)
+    assert caught.value.named == f"node {socket.gethostname()}: {caught.value}"
+    assert pickle.loads(pickle.dumps(caught.value)).named == caught.value.named  # as it comes from another node
     folder.path.mkdir()
     folder.recipe.write_text(yaml.safe_dump(recipe.to_dict()))
     folder.check_seen(recipe)
     folder.recipe.write_text(config.override(recipe, ["train.epochs=3"]).to_yaml())
-    with pytest.raises(UserError, match="does not see the run"):
+    with pytest.raises(UnfitNode, match="is not seen"):
         folder.check_seen(recipe)

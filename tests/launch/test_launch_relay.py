@@ -1,8 +1,14 @@
 """What the relay tells the driver of its workers, and the workers of its orders."""
 
-import pytest
+import threading
+from unittest.mock import Mock
 
+import pytest
+import ray
+
+from bdkd_dist.engine.control import Wish
 from bdkd_dist.launch import relay as relay_module
+from bdkd_dist.launch import watch
 from bdkd_dist.launch.relay import Beat, Relay
 
 
@@ -90,3 +96,15 @@ def test_an_order_is_awaited_until_rank_0_followed_it_or_is_lost(clock: Clock) -
     relay.order("checkpoint")
     relay.forget_workers()
     assert not relay.is_awaited("checkpoint")
+
+
+def test_a_rank_whose_connection_broke_hears_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    broke, gone = ray.exceptions.ActorUnavailableError("the connection broke", None), RuntimeError("the driver is gone")
+    monkeypatch.setattr(watch, "BEAT_S", 0.01)
+    monkeypatch.setattr(watch, "ray", Mock(get=Mock(side_effect=[broke, {"stop"}, gone]), exceptions=ray.exceptions))
+    before = set(threading.enumerate())
+    control = watch.Watch(Mock(), 0, 1)
+    for thread in set(threading.enumerate()) - before:
+        thread.join(60)
+    assert watch.ray.get.call_count == 3
+    assert control.wish() == Wish.STOP

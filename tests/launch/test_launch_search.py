@@ -143,6 +143,23 @@ def test_a_trial_that_cannot_be_evaluated_costs_neither_the_others_nor_the_repor
     assert (search / "report.html").is_file()
 
 
+def test_a_node_that_lacks_what_trials_need_ends_the_search_and_no_trial(
+    cache: Path, written: Callable[[str], Path], tmp_path: Path
+) -> None:
+    near = tmp_path / "near"
+    near.write_text("in the place of the folder, so that nothing can be copied there")
+    space = written(searches.grid(nu=[1, 2, 3]))
+    going = command(space, cache, tmp_path, "--scheduler", "none", "data.stage=local", f"data.stage_folder={near}")
+    done = execute(going, status=2)
+    assert re.fullmatch(
+        rf"node \S+: data\.stage=local: {near}: .*; the same command goes on", done.stderr.strip().splitlines()[-1]
+    )
+    assert {trial["status"] for trial in records(tmp_path / "search")} == {"running"}
+    near.unlink()
+    execute(going)
+    assert [trial["status"] for trial in records(tmp_path / "search")] == 3 * ["finished"]
+
+
 def test_a_search_over_relative_paths_goes_on_from_its_own_folder_alone(
     cache: Path, written: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -121,6 +122,7 @@ def test_a_trials_own_fault_is_a_result_with_its_reason(process: Any) -> None:
     actor = process("broken", {"data.train_limit": 20})  # less than a batch
     result = ray.get(actor.train.remote())
     assert result["done"]
+    assert not result["of_node"]
     assert "train.batch_size=64: larger than the 20 training images" in result["failed"]
     assert "goal" not in result
     ray.kill(actor)
@@ -145,9 +147,24 @@ def test_a_trial_on_a_node_that_does_not_see_the_searchs_folder_says_so(process:
     shutil.rmtree(process.storage / "elsewhere")
     result = ray.get(actor.train.remote())
     assert result["done"]
-    assert result["failed"].startswith("run.storage: node ")
-    assert f"does not see {process.storage / 'elsewhere'}" in result["failed"]
+    assert result["of_node"]
+    seen = f"node {socket.gethostname()}: run.storage: {process.storage / 'elsewhere'}, where the search was begun, "
+    assert result["failed"].startswith(f"{seen}is not seen; give")
     assert not (process.storage / "elsewhere").exists()
+    ray.kill(actor)
+
+
+def test_a_trial_that_cannot_be_closed_costs_the_next_nothing(process: Any) -> None:
+    actor = process("lost", BUSY)
+    ray.get(actor.train.remote())
+    shutil.rmtree(process.storage / "lost")
+    (process.storage / "lost").write_text("a file, as if the disk were gone")
+    known(process.storage / "after")
+    assert ray.get(actor.reset.remote(trial("after", KEEN)))
+    result = ray.get(actor.train.remote())
+    (line,) = result["warnings"]
+    assert line.startswith(f"the last records of {process.storage / 'lost'} may be lacking (")
+    assert result["epoch"] == 1
     ray.kill(actor)
 
 

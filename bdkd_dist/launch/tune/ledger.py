@@ -6,10 +6,12 @@ from typing import Any
 
 from ray.tune import Callback, Stopper
 
+from bdkd_dist.errors import UserError
 from bdkd_dist.launch import cluster
 from bdkd_dist.launch.tune.algorithms import Plan
 from bdkd_dist.launch.tune.folder import SearchFolder
 from bdkd_dist.launch.tune.places import SearchCluster
+from bdkd_dist.launch.vigil import WorkersLost
 from bdkd_dist.records.progress import duration
 from bdkd_dist.records.search_progress import SearchProgress
 from bdkd_dist.records.trials import Report, Trial
@@ -40,7 +42,8 @@ class Ledger(Callback):
     """Keeps the record of every trial, and shows them.
 
     Attributes:
-        waited_in_vain: For what, once there was no room for any trial for ``launch.wait_timeout_s``.
+        cause: Why the search is to end before its trials have: there was no room for any of them for
+            ``launch.wait_timeout_s``, or a node lacks what trials need, and would end one after the other.
     """
 
     def __init__(
@@ -55,7 +58,7 @@ class Ledger(Callback):
     ):
         self.folder, self.plan, self.trials, self.there = folder, plan, trials, there
         self.progress, self.warn, self.pressed = progress, warn, pressed
-        self.waited_in_vain = ""
+        self.cause: Exception | None = None
         self._shown_s = 0.0
         self._idle_since_s = self._waiting_said_s = time.monotonic()
 
@@ -64,7 +67,7 @@ class Ledger(Callback):
 
     def ends(self) -> bool:
         """Whether the search is to end before its trials have."""
-        return self.pressed() or bool(self.waited_in_vain)
+        return self.pressed() or self.cause is not None
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """See Ray's ``Callback``."""
@@ -82,7 +85,9 @@ class Ledger(Callback):
         for line in result["warnings"]:
             self.warn(f"trial {record.number:04d}: {line}")
         record.values = result["values"]
-        if "failed" in result:
+        if result.get("of_node"):
+            self.cause = UserError(f"{result['failed']}; the same command goes on")
+        elif "failed" in result:
             record.status, record.reason = "failed", result["failed"]
         else:
             taken = trial.config["trial"].get("taken")
@@ -147,7 +152,10 @@ class Ledger(Callback):
             return ""
         waiting = f"{cluster.wanted(launch, bundle)} since {duration(waited_s)}; {cluster.free(bundle)}"
         if waited_s > launch.wait_timeout_s:
-            self.waited_in_vain = waiting
+            self.cause = WorkersLost(
+                f"launch.wait_timeout_s={launch.wait_timeout_s:g}: gave up waiting for {waiting}; "
+                "the state is kept, the same command goes on"
+            )
         elif now_s - self._waiting_said_s > WAITING_SAID_EVERY_S:
             self._waiting_said_s = now_s
             self.warn(f"waiting for {waiting}")

@@ -114,7 +114,8 @@ def evaluate_on_test(
         UserError: A trial's checkpoints or its data are not readable; the others are evaluated all the same.
         WorkersLost: For ``launch.wait_timeout_s`` the cluster has had no node that could do it.
     """
-    task = ray.remote(_evaluate_one).options(**there.options)
+    # Not by `.options()`: only here Ray ends a process that has used a GPU, which would use that one for the next, too.
+    task = ray.remote(**there.options)(_evaluate_one)
     left = [task.remote(folder.run(trial).where, there.cuda) for trial in trials]
     failed: ray.exceptions.RayTaskError | None = None
     while left:

@@ -17,6 +17,7 @@ from bdkd_dist.engine.control import Control
 from bdkd_dist.engine.loop import Trainer
 from bdkd_dist.engine.stepper import release
 from bdkd_dist.launch.run_folder import RunFolder
+from bdkd_dist.launch.vigil import FIRST_STEP_S
 from bdkd_dist.launch.worker import training
 
 ENDS_WITHIN_S = 5.0
@@ -156,7 +157,9 @@ def join(store: dist.TCPStore, rank: int, world: int, device: torch.device) -> N
     store.set(f"there/{rank}", "yes")
     store.wait([f"there/{other}" for other in range(world)], TOGETHER_WITHIN)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+    # By default half an hour: less than a node may take to copy its data while the others wait for it.
+    patience = timedelta(seconds=FIRST_STEP_S)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=patience)
 
 
 def leave() -> None:

@@ -82,7 +82,7 @@ def search(space_path: str, recipe: Recipe, asked: Asked, console: Console, addr
         address: Of the Ray cluster whose nodes train; without one this machine does.
 
     Raises:
-        UserError: Something that the user can mend.
+        UserError: Something that the user can mend; of a node that is not fit what was found is kept.
         SearchInterrupted: Ctrl-C; what was found is kept.
         WorkersLost: There was no room for a trial for ``launch.wait_timeout_s``; what was found is kept.
     """
@@ -245,11 +245,8 @@ def _run_trials(
         finally:
             progress.close()
         done = sum(trial.status != "running" for trial in trials.values())
-        if ledger.waited_in_vain:
-            raise WorkersLost(
-                f"launch.wait_timeout_s={recipe.launch.wait_timeout_s:g}: gave up waiting for {ledger.waited_in_vain}; "
-                "the state is kept, the same command goes on"
-            )
+        if ledger.cause is not None:
+            raise ledger.cause
         if pressed() and done < plan.num_trials:
             raise SearchInterrupted(f"stopped with {done} of {plan.num_trials} trials done")
 

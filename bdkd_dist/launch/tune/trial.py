@@ -8,7 +8,6 @@ run folder, as for every run: Ray keeps no state of it, apart from what one tria
 import json
 import math
 import os
-import socket
 import time
 import traceback
 from collections import deque
@@ -29,7 +28,7 @@ from bdkd_dist.engine.loop import Trainer
 from bdkd_dist.engine.observer import EvalLog, Observer
 from bdkd_dist.engine.patience import patiently
 from bdkd_dist.engine.stepper import release
-from bdkd_dist.errors import Fault, UserError, first_line
+from bdkd_dist.errors import Fault, UnfitNode, UserError, first_line
 from bdkd_dist.files import json_text
 from bdkd_dist.launch.mirror import METRICS
 from bdkd_dist.launch.ray_worker import is_loss
@@ -85,9 +84,16 @@ class TrialProcess(Trainable):
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """See Ray's ``Trainable``: the process takes another trial, or the same one with other values."""
-        self._close()
+        before, lacking = self.folder, ""
+        try:
+            self._close()
+        except Exception as error:  # of the trial before, which has ended; not of the one that begins
+            lacking = f"the last records of {before} may be lacking ({type(error).__name__}: {first_line(error)})"
+            self.ranks.end()
         release()
         self._begin(new_config)
+        if lacking:
+            self._warn(lacking)
         return True
 
     def step(self) -> dict[str, Any]:
@@ -167,9 +173,9 @@ class TrialProcess(Trainable):
     def _open(self) -> Trainer:
         # The driver wrote it before it asked for the trial. First of all: nothing is to be written where it is not.
         if not patiently(lambda: self.folder.sees(RECORD), self._warn):
-            raise UserError(
-                f"run.storage: node {socket.gethostname()} does not see {self.folder}, where the search was "
-                "begun; give a path that all nodes share, or a URI (s3://…)"
+            raise UnfitNode(
+                f"run.storage: {self.folder}, where the search was begun, is not seen; "
+                "give a path that all nodes share, or a URI (s3://…)"
             )
         first = next(role for role in self.recipe.models.by_role if role != "teacher")
         self._hparams = HParams(self.folder.path, self.values, tuple(f"val/{first}/{name}" for name in SHOWN_METRICS))
@@ -206,15 +212,21 @@ class TrialProcess(Trainable):
         return unheard or [report for report in past[-1:] if report["epoch"] == recipe.train.epochs]
 
     def _failed(self, error: BaseException) -> dict[str, Any]:
-        own = isinstance(error, UserError | Fault)
-        reason = error.what if isinstance(error, Diverged) else first_line(error)
-        reason = reason if own else f"{type(error).__name__}: {reason}"
-        if not own:
-            self._warn("".join(traceback.format_exception(error)).rstrip())
+        match error:
+            case UnfitNode():
+                reason = error.named
+            case Diverged():
+                reason = error.what
+            case UserError() | Fault():
+                reason = first_line(error)
+            case _:
+                reason = f"{type(error).__name__}: {first_line(error)}"
+                self._warn("".join(traceback.format_exception(error)).rstrip())
         self._close(failed=True)
         self.ranks.end()
         return {
             "failed": reason,
+            "of_node": isinstance(error, UnfitNode),
             "values": self.values,
             "warnings": self._warnings(),
             "done": True,
