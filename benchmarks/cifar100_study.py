@@ -90,7 +90,7 @@ def _length(epochs: int, milestones: tuple[int, ...]) -> tuple[str, ...]:
 STRONGER = ("data.augment.rand_ops=1", "data.augment.cutout_px=8")
 SCALES = {
     "small": _ten_classes(16, (10, 12, 14), METHODS),
-    "longer": _ten_classes(48, (30, 36, 42), ("ce", "dml", "bdkd")),
+    "longer": _ten_classes(48, (30, 36, 42), ("ce", "bdkd")),
     "full": Scale(
         "CIFAR-100 (45,000 training, 5,000 validation, 10,000 test images), 240 epochs",
         ("cifar100_r32x4_r8x4", "cifar100_r56_r20"),
