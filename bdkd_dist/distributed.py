@@ -24,6 +24,12 @@ def local_world_size() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
 
 
+def meet() -> None:
+    """Wait until all ranks are here, on the CPU: there a rank that leaves is noticed at once, by NCCL it is not."""
+    if world_size() > 1:
+        dist.all_reduce(torch.zeros(1))
+
+
 def sum_(values: Tensor) -> Tensor:
     """Sum ``values`` over ranks, in place, and return them; shapes agree on all ranks."""
     if world_size() > 1:

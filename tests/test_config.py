@@ -67,7 +67,7 @@ def test_overrides_are_parsed_by_the_keys_type(override: str, read, value: objec
     assert type(got) is type(value)
 
 
-@pytest.mark.parametrize("other", ["launch.workers=1", "launch.device=cpu", "launch.placement=spread"])
+@pytest.mark.parametrize("other", ["launch.workers=1", "launch.device=cpu"])
 def test_a_part_of_a_gpu_is_for_workers_that_need_not_speak_to_each_other_there(other: str) -> None:
     config.load("digits", ["launch.workers=2", "launch.gpus_per_worker=0.5", other])
 

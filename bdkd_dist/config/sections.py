@@ -227,7 +227,8 @@ class Train(Section):
     seed: int = Field(0, ge=0, lt=2**63)
     """Decides initial weights, order and augmentation; which images are held out does not depend on it."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Autocast type of the networks (``fp16`` with a gradient scaler); losses are float32 in any case."""
+    """Autocast type of the networks (``fp16`` with a gradient scaler); losses are float32 in any case, and so are the
+    networks when a run's results are measured."""
     batchnorm: Literal["sync", "local"] = "sync"
     """``sync``: statistics over the whole batch, so results do not depend on the number of workers; ``local``: over
     each worker's own images."""
@@ -335,7 +336,7 @@ class Recipe(Section):
         if self.train.compile and self.train.gradient_shares:
             raise ValueError("train.gradient_shares does not go with train.compile; leave one of them out")
         launch = self.launch
-        if workers > 1 and launch.gpus_per_worker < 1 and launch.placement == "pack" and launch.device != "cpu":
+        if workers > 1 and launch.gpus_per_worker < 1 and launch.device != "cpu":
             raise ValueError(
                 f"launch.gpus_per_worker={launch.gpus_per_worker:g} with launch.workers={workers}: workers that share "
                 "a GPU cannot exchange gradients (NCCL refuses); give 1 or more"

@@ -189,6 +189,8 @@ def verify(prepared: Prepared) -> None:
     Raises:
         UserError: Names the file, what is wrong with it and the way to mend it.
     """
+    if not unverified(prepared, prepared.folder):
+        return
     notes = _notes_folder(prepared.folder)
     if not unverified(prepared, notes):
         return

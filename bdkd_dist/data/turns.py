@@ -17,13 +17,13 @@ def turn_at(folder: Path, others: str) -> Iterator[None]:
         others: What the log says is waited for, e.g. ``another process that prepares x``.
 
     Raises:
-        OSError: The lock cannot be made.
+        OSError: The lock cannot be made, or the file system has none.
     """
     from filelock import FileLock, Timeout
 
     path = Path(f"{folder}.lock")
     path.touch()  # FileLock would wait for ever where no file can be made
-    lock = FileLock(path)
+    lock = FileLock(path, fallback_to_soft=False)  # else, without flock, the file itself would be the lock: for ever
     try:
         lock.acquire(timeout=0)
     except Timeout:

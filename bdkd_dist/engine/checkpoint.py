@@ -13,7 +13,7 @@ from torch import nn
 from bdkd_dist import distributed
 from bdkd_dist.data.sources.storage import Place
 from bdkd_dist.engine.patience import patiently
-from bdkd_dist.errors import UserError, first_line
+from bdkd_dist.errors import UnfitNode, UserError, first_line
 from bdkd_dist.files import atomic_write
 
 F = TypeVar("F")
@@ -131,7 +131,8 @@ def load_teacher(network: nn.Module, where: str | Path) -> None:
             of a bare state dict.
 
     Raises:
-        UserError: There is no such checkpoint, it is not readable, or its teacher is another network.
+        UnfitNode: There is no such checkpoint.
+        UserError: It is not readable, or its teacher is another network.
     """
     place = Place.of(str(where), "models.teacher_checkpoint")
     said = f"models.teacher_checkpoint={place.where()}"
@@ -145,7 +146,7 @@ def load_teacher(network: nn.Module, where: str | Path) -> None:
     except Exception as error:  # torch raises many kinds for what is no checkpoint
         raise UserError(f"{said}: not a checkpoint ({type(error).__name__})") from None
     if state is None:
-        raise UserError(f"{said}: no whole checkpoint there (allowed: a run folder or a file)")
+        raise UnfitNode(f"{said}: no whole checkpoint there (allowed: a run folder or a file)")
     if not known:
         raise UserError(f"{said}: holds no weights of a network like models.teacher")
     try:

@@ -40,7 +40,7 @@ class Evaluator:
         num_classes: K.
         device: Where they are.
         beat: Told of every batch.
-        precise: Run the networks in float32, whatever the precision of training.
+        precise: Run the networks in float32 as torch has it, whatever the precision of training.
         replayed: Run the networks as CUDA graphs.
     """
 

@@ -19,10 +19,15 @@ STOPPING = "stopping with a checkpoint; Ctrl-C again stops at once and loses wha
 
 def train(recipe: Recipe, folder: RunFolder, progress: Observer, warn: Callable[[str], None]) -> None:
     """Train in this process; Ctrl-C or SIGTERM finishes the step and checkpoints. :func:`work` says what it raises."""
-    device = torch.device("cuda" if wants_cuda(recipe) else "cpu")
-    torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))  # torch does not see a container's limit
+    device = own_device(recipe)
     with stop_on_signal(warn) as pressed:
         work(recipe, folder, device, progress, _Pressed(pressed), warn)
+
+
+def own_device(recipe: Recipe) -> torch.device:
+    """Return where this process computes for the recipe; on the CPU with no more threads than it may use."""
+    torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))  # torch does not see a container's limit
+    return torch.device("cuda" if wants_cuda(recipe) else "cpu")
 
 
 def wants_cuda(recipe: Recipe, gpus: float | None = None) -> bool:

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from contextlib import ExitStack
 
-import torch
 from rich.console import Console
 
 from bdkd_dist import config
@@ -104,7 +103,7 @@ def evaluate(
     with preparing(console) as show:
         dataset = load_dataset(recipe.data, show)
         other = None if ood is None else (ood, prepare_foreign(ood, recipe.data, show))
-    device = torch.device("cuda" if local.wants_cuda(recipe) else "cpu")
+    device = local.own_device(recipe)
     with ExitStack() as stack:
         stack.enter_context(folder.locked())
         loaders = worker.open_loaders(recipe, dataset, device, stack)

@@ -87,6 +87,7 @@ def training(
         warn: Says one line to the person.
     """
     dataset = load_dataset(recipe.data)
+    distributed.meet()  # who lacks the images has left, and the others need not wait for it
     with ExitStack() as stack:
         loaders = open_loaders(recipe, dataset, device, stack)
         observer = Observers()

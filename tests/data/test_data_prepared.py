@@ -1,5 +1,7 @@
 """A prepared folder: its manifest, and files that are verified once and again after every change."""
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -141,10 +143,27 @@ def test_files_that_may_only_be_read_are_read_once_on_a_node(
         assert len(read) == 3
         verify(read_manifest(folder))
         assert len(read) == 3
+    assert not (folder / room.VERIFIED).exists()
+    os.utime(folder / "train-00001.beton", ns=(0, 0))
+    verify(read_manifest(folder))  # by whoever may write there
+    read.clear()
+    with read_only(folder):
+        verify(read_manifest(folder))
+    assert not read
     change_a_byte(folder / "test-00000.beton")
     with read_only(folder), pytest.raises(UserError, match="was altered"):
         verify(read_manifest(folder))
-    assert not (folder / room.VERIFIED).exists()
+
+
+def test_a_file_system_without_locks_costs_a_look_and_no_waiting(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "no flock here")
+
+    monkeypatch.setattr(fcntl, "flock", missing)
+    with pytest.raises(OSError, match="no flock"), turns.turn_at(folder / "x", "nobody"):
+        pass
+    verify(read_manifest(folder))
+    assert (folder / room.VERIFIED).exists()
 
 
 @contextmanager

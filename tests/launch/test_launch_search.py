@@ -159,6 +159,13 @@ def test_a_node_that_lacks_what_trials_need_ends_the_search_and_no_trial(
     execute(going)
     assert [trial["status"] for trial in records(tmp_path / "search")] == 3 * ["finished"]
 
+    (tested,) = (tmp_path / "search").glob("trials/*/results.json")
+    tested.unlink()
+    shutil.rmtree(near)
+    near.write_text("again")
+    done = execute(going, status=2)
+    assert re.fullmatch(rf"node \S+: data\.stage=local: {near}: .*", done.stderr.strip().splitlines()[-1])
+
 
 def test_a_search_over_relative_paths_goes_on_from_its_own_folder_alone(
     cache: Path, written: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -154,6 +154,15 @@ def test_a_trial_on_a_node_that_does_not_see_the_searchs_folder_says_so(process:
     ray.kill(actor)
 
 
+def test_data_that_are_a_trials_own_values_are_its_own_mistake(process: Any, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no folder")
+    actor = process("mistaken", {"data.stage": "local", "data.stage_folder": str(tmp_path / "file")})
+    result = ray.get(actor.train.remote())
+    assert f"data.stage=local: {tmp_path / 'file'}: " in result["failed"]
+    assert not result["of_node"]
+    ray.kill(actor)
+
+
 def test_a_trial_that_cannot_be_closed_costs_the_next_nothing(process: Any) -> None:
     actor = process("lost", BUSY)
     ray.get(actor.train.remote())

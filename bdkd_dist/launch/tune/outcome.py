@@ -11,7 +11,7 @@ from rich.table import Table
 
 from bdkd_dist.config import Recipe
 from bdkd_dist.engine.control import Control
-from bdkd_dist.errors import UserError
+from bdkd_dist.errors import UnfitNode, UserError
 from bdkd_dist.launch.programs import beside
 from bdkd_dist.launch.run_folder import RunFolder
 from bdkd_dist.launch.tune.algorithms import Plan
@@ -126,6 +126,8 @@ def evaluate_on_test(
                     warn(line)
             except ray.exceptions.RayTaskError as error:
                 failed = failed or error
+    if failed is not None and isinstance(failed.cause, UnfitNode):
+        raise UserError(failed.cause.named) from None
     if failed is not None:
         raise failed.cause if isinstance(failed.cause, UserError) else failed from None
 

@@ -43,6 +43,8 @@ from bdkd_dist.records.tensorboard import TensorBoardObserver
 from bdkd_dist.records.trials import Trial
 
 CHECKPOINT = "checkpoint.pt"
+OF_PLACES = ("data.", "models.teacher_checkpoint")
+"""Keys that say what a node must have: where they are a trial's own values, these may be what is wrong."""
 SHOWN_METRICS = ("top1", "ece", "nll")
 
 
@@ -226,7 +228,7 @@ class TrialProcess(Trainable):
         self.ranks.end()
         return {
             "failed": reason,
-            "of_node": isinstance(error, UnfitNode),
+            "of_node": isinstance(error, UnfitNode) and not any(key.startswith(OF_PLACES) for key in self.values),
             "values": self.values,
             "warnings": self._warnings(),
             "done": True,
