@@ -1,7 +1,7 @@
 """BD-KD beside its rivals on CIFAR-100 at equal budget, three seeds: accuracy and calibration after the last epoch.
 
     .venv/bin/python benchmarks/cifar100_study.py --cifar100 FOLDER                  # ten classes, for a CPU
-    .venv/bin/python benchmarks/cifar100_study.py --cifar100 FOLDER --scale longer   # three times as long
+    .venv/bin/python benchmarks/cifar100_study.py --cifar100 FOLDER --scale longer   # ce and bdkd, for longer
     .venv/bin/python benchmarks/cifar100_study.py --cifar100 FOLDER --scale full     # 240 epochs, for a GPU
     .venv/bin/python benchmarks/cifar100_study.py --cifar100 FOLDER --scale full --beyond
 
@@ -34,8 +34,8 @@ from study import OutOfTimeError, Run, bdkd, end_with_children, finished, over, 
 from bdkd_dist import config
 
 SEEDS = (0, 1, 2)
-METHODS = ("ce", "kd", "dml", "kdcl", "switokd", "jeffreys", "bdkd")
 TUNED = "bdkd tuned"
+METHODS = ("ce", "kd", "dml", "kdcl", "switokd", "jeffreys", "bdkd", TUNED)
 AVERAGED = f"{TUNED}, averaged"
 SPACE = Path(__file__).parent.parent / "tune_spaces/bdkd_weighting.py"
 PUBLISHED = "ours are last-epoch; published figures are often of the best epoch on the test split"
@@ -50,7 +50,6 @@ class Scale:
     """Recipes."""
     settings: tuple[str, ...]
     methods: tuple[str, ...]
-    """Beside the tuned BD-KD."""
     num_trials: int
     side_by_side: int
     ema_decay: float
@@ -139,15 +138,19 @@ def main() -> None:
     for pair in arguments.pairs or scale.pairs:
         common = [pair, *scale.settings, f"data.root={data}"]
         try:
-            weighting = arguments.weighting or search(out / pair, common, scale, end)
-            trained = {**dict.fromkeys(scale.methods, ()), TUNED: (f"train.ema_decay={scale.ema_decay}",)}
+            trained: dict[str, tuple[str, ...]] = dict.fromkeys(scale.methods, ())
+            if TUNED in trained:
+                trained[TUNED] = (f"train.ema_decay={scale.ema_decay}",)
             trained |= scale.beyond if arguments.beyond else {}
-            train_all(out / pair, runs(out / pair, common, weighting, trained), scale.side_by_side, end, keep)
+            tuned: list[str] = []
+            if any(method.startswith(TUNED) for method in trained):
+                tuned = parameters(arguments.weighting or search(out / pair, common, scale, end))
+            train_all(out / pair, runs(out / pair, common, tuned, trained), scale.side_by_side, end, keep)
         except OutOfTimeError:
             raise SystemExit("the time is over; the same command goes on") from None
         finally:
             keep()
-        reports.append(report(out / pair, pair, scale, weighting, list(trained), searched=not arguments.weighting))
+        reports.append(report(out / pair, pair, scale, tuned, list(trained), searched=not arguments.weighting))
     print("\n".join(reports))
 
 
@@ -196,13 +199,13 @@ def search(out: Path, common: list[str], scale: Scale, end: float | None) -> Pat
     return best
 
 
-def runs(out: Path, common: list[str], weighting: Path, trained: dict[str, tuple[str, ...]]) -> list[Run]:
+def runs(out: Path, common: list[str], tuned: list[str], trained: dict[str, tuple[str, ...]]) -> list[Run]:
     """Return all trainings, seed by seed, so that a study that is cut has whole seeds; ce's come before kd's.
 
     Args:
         out: Where the runs lie.
         common: Arguments of all.
-        weighting: The recipe that holds the tuned parameters.
+        tuned: The tuned objective's parameters, as overrides.
         trained: Further settings of each method.
     """
     found = []
@@ -213,7 +216,7 @@ def runs(out: Path, common: list[str], weighting: Path, trained: dict[str, tuple
             if teacher:
                 arguments.append(f"models.teacher_checkpoint={out / teacher}")
             if method.startswith(TUNED):
-                arguments += parameters(weighting)
+                arguments += tuned
             found.append(Run(name_of(method, seed), tuple(arguments), after=teacher))
     return found
 
@@ -234,16 +237,16 @@ def parameters(weighting: Path) -> list[str]:
     return [f"objective.{key}={value}" for key, value in objective.items() if key != "name"]
 
 
-def report(out: Path, pair: str, scale: Scale, weighting: Path, methods: list[str], *, searched: bool) -> str:
+def report(out: Path, pair: str, scale: Scale, tuned: list[str], methods: list[str], *, searched: bool) -> str:
     """Compare the runs, and return the table with what it needs to be read.
 
     Args:
         out: Where the runs lie.
         pair: Recipe.
         scale: How much was trained.
-        weighting: The recipe that holds the tuned parameters.
+        tuned: The tuned objective's parameters, as overrides.
         methods: Of the runs, in the table's order.
-        searched: Whether the weighting was found at this scale, and not given.
+        searched: Whether they were found at this scale, and not given.
     """
     names = {method: [name_of(method, seed) for seed in SEEDS] for method in methods}
     for of_method in names.values():
@@ -251,15 +254,18 @@ def report(out: Path, pair: str, scale: Scale, weighting: Path, methods: list[st
     folders = [str(out / name) for of_method in names.values() for name in of_method]
     run(bdkd("compare", *folders, "--out", str(out / "comparison")))
     rows = [row(out, f"`{method}`", of_method) for method, of_method in names.items()]
-    rows.insert(methods.index(TUNED) + 1, row(out, f"`{AVERAGED}`", names[TUNED], "student_ema"))
-    values = ", ".join(argument.removeprefix("objective.") for argument in parameters(weighting))
-    best = f"is the best of {scale.num_trials} trials by validation NLL, with a further seed"
-    lines = [
-        f"\n**{pair}**: {scale.title}; test split, {len(SEEDS)} seeds, mean ± standard deviation:\n",
-        table(rows),
-        f"\n`{TUNED}` {best if searched else 'has the weighting of an earlier search'}: {values}.",
-        f"`{AVERAGED}` is the moving average of its student's weights over training (decay {scale.ema_decay} a step).",
-    ]
+    heading = f"\n**{pair}**: {scale.title}; test split, {len(SEEDS)} seeds, mean ± standard deviation:\n"
+    said = []
+    if TUNED in methods:
+        rows.insert(methods.index(TUNED) + 1, row(out, f"`{AVERAGED}`", names[TUNED], "student_ema"))
+        values = ", ".join(argument.removeprefix("objective.") for argument in tuned)
+        best = f"is the best of {scale.num_trials} trials by validation NLL, with a further seed"
+        said = [
+            f"\n`{TUNED}` {best if searched else 'has the weighting of an earlier search'}: {values}.",
+            f"`{AVERAGED}` is the moving average of its student's weights over training "
+            f"(decay {scale.ema_decay} a step).",
+        ]
+    lines = [heading, table(rows), *said]
     lines += [f"`{method}`: {' '.join(scale.beyond[method])}." for method in methods if method in scale.beyond]
     if pair in scale.anchors:
         lines.append(f"Published top-1 %: {scale.anchors[pair]}; {PUBLISHED}.")

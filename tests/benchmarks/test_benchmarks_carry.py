@@ -220,7 +220,9 @@ def test_a_taught_run_goes_on_wherever_the_study_lies(tmp_path: Path) -> None:
     def kd(out: Path) -> config.Recipe:
         run = next(
             run
-            for run in study.runs(out / "pair", ["digits"], weighting, dict.fromkeys(study.METHODS, ()))
+            for run in study.runs(
+                out / "pair", ["digits"], study.parameters(weighting), dict.fromkeys(study.METHODS, ())
+            )
             if run.after
         )
         return config.load(

@@ -41,7 +41,7 @@ def test_a_study_is_packed_after_each_run(tmp_path: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(trainings, "_start", training)
     monkeypatch.setattr(study, "report", lambda *arguments, **options: "")
-    scale = dataclasses.replace(study.SCALES["full"], methods=("dml", "kdcl"))
+    scale = dataclasses.replace(study.SCALES["full"], methods=("dml", "kdcl", study.TUNED))
     monkeypatch.setitem(study.SCALES, "full", scale)
     monkeypatch.setattr(study, "SEEDS", (0,))
     options = {"cifar100": tmp_path, "weighting": write_weighting(tmp_path), "carry": parts, "out": tmp_path / "out"}
@@ -93,18 +93,18 @@ def test_runs_of_two_weightings_are_no_row(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(study, "run", compared.append)
     monkeypatch.setattr(study, "row", lambda out, title, names, network="student": "")
     methods = ["ce", "kd", study.TUNED]
-    weighting = write_weighting(tmp_path)
-    for run in study.runs(tmp_path, ["digits"], weighting, dict.fromkeys(methods, ())):
+    tuned = study.parameters(write_weighting(tmp_path))
+    for run in study.runs(tmp_path, ["digits"], tuned, dict.fromkeys(methods, ())):
         place = [f"run.storage={tmp_path}", f"run.name={run.name}"]
         recipe = config.load(run.arguments[0], [*run.arguments[1:], *place])
         (tmp_path / run.name).mkdir()
         (tmp_path / run.name / "recipe.yaml").write_text(recipe.to_yaml())
-    study.report(tmp_path, "digits", study.SCALES["small"], weighting, methods, searched=True)
+    study.report(tmp_path, "digits", study.SCALES["small"], tuned, methods, searched=True)
     assert len(compared) == 1
 
     name = study.name_of(study.TUNED, 1)
     path = tmp_path / name / "recipe.yaml"
     path.write_text(config.load(str(path), ["objective.temperature=3"]).to_yaml())
     with pytest.raises(SystemExit, match=rf"objective.temperature is 2.0 in bdkd_tuned-0 and 3.0 in {name}"):
-        study.report(tmp_path, "digits", study.SCALES["small"], weighting, methods, searched=True)
+        study.report(tmp_path, "digits", study.SCALES["small"], tuned, methods, searched=True)
     assert len(compared) == 1
