@@ -214,17 +214,10 @@ def test_a_run_that_goes_on_is_packed_as_it_is(tmp_path: Path, monkeypatch: pyte
 
 def test_a_taught_run_goes_on_wherever_the_study_lies(tmp_path: Path) -> None:
     parts, out, back = tmp_path / "parts", tmp_path / "out", tmp_path / "back"
-    weighting = tmp_path / "best.yaml"
-    weighting.write_text("objective: {name: bdkd}\n")
 
     def kd(out: Path) -> config.Recipe:
-        run = next(
-            run
-            for run in study.runs(
-                out / "pair", ["digits"], study.parameters(weighting), dict.fromkeys(study.METHODS, ())
-            )
-            if run.after
-        )
+        taught = study.runs(out / "pair", ["digits"], [], dict.fromkeys(study.METHODS, ()))
+        run = next(run for run in taught if run.after)
         return config.load(
             run.arguments[0], [*run.arguments[1:], f"run.storage={out / 'pair'}", f"run.name={run.name}"]
         )
