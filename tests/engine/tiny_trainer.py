@@ -103,7 +103,6 @@ def _rank_main(rank: int, world: int, folder: str, overrides: tuple[str, ...]) -
     if world > 1:
         dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=world)
     trainer(Path(folder) / "checkpoints", *overrides).run()
-    assert torch._dynamo.utils.counters["graph_break"] == {}  # of a compiled run
     if world > 1:
         dist.barrier()  # a rank that leaves while another still talks to it can crash that one
         dist.destroy_process_group()
