@@ -19,7 +19,7 @@ from bdkd_dist.launch.doctor import NEEDED_FREE_BYTES, SHARED_MEMORY_BYTES
 from bdkd_dist.launch.node_probe import NodeProbe, holds
 from bdkd_dist.uris import is_uri, shown
 
-ANSWER_WITHIN_S = 180.0
+ANSWER_WITHIN_S = 60.0
 """For the first answer of a node: it starts a Python process there, which imports torch."""
 CLOCK_WITHIN_S = 5.0
 ALLOWED_SKEW_S = 2.0
