@@ -25,7 +25,13 @@ def local_world_size() -> int:
 
 
 def meet() -> None:
-    """Wait until all ranks are here, on the CPU: there a rank that leaves is noticed at once, by NCCL it is not."""
+    """Wait until all ranks are here, on the CPU: there a rank that leaves is noticed at once, by NCCL it is not.
+
+    The group needs a backend for the CPU, as launchers make it.
+
+    Raises:
+        RuntimeError: A rank has left.
+    """
     if world_size() > 1:
         dist.all_reduce(torch.zeros(1))
 

@@ -10,6 +10,7 @@ import numpy
 import pytest
 import torch
 
+from bdkd_dist.cores import usable_cores
 from bdkd_dist.records import environment as module
 from bdkd_dist.records.environment import environment, git_state, source_hash, write_environment
 
@@ -19,7 +20,7 @@ def test_versions_machine_and_time_are_those_of_this_process() -> None:
     assert said["packages"]["numpy"] == numpy.__version__
     assert said["packages"]["torch"] == torch.__version__
     assert said["python"] == ".".join(map(str, sys.version_info[:3]))
-    assert said["hardware"]["usable_cores"] == len(os.sched_getaffinity(0))
+    assert said["hardware"]["usable_cores"] == usable_cores()
     kib = int(Path("/proc/meminfo").read_text().split()[1])
     assert said["hardware"]["memory_bytes"] == pytest.approx(kib * 1024, rel=0.01)
     assert abs(datetime.now(UTC) - datetime.fromisoformat(said["started"])).total_seconds() < 60

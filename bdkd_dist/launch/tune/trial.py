@@ -20,7 +20,7 @@ import torch
 from ray.tune import Trainable
 
 from bdkd_dist import config
-from bdkd_dist.config import Recipe
+from bdkd_dist.config import PLACES, Recipe
 from bdkd_dist.engine.checkpoint import Checkpoints, checkpoint_name, loads
 from bdkd_dist.engine.control import Control
 from bdkd_dist.engine.endings import Diverged
@@ -43,7 +43,7 @@ from bdkd_dist.records.tensorboard import TensorBoardObserver
 from bdkd_dist.records.trials import Trial
 
 CHECKPOINT = "checkpoint.pt"
-OF_PLACES = ("data.", "models.teacher_checkpoint")
+NEEDED_THERE = {*PLACES, "data.dataset", "data.num_classes", "data.image_px", "data.stage"}
 """Keys that say what a node must have: where they are a trial's own values, these may be what is wrong."""
 SHOWN_METRICS = ("top1", "ece", "nll")
 
@@ -228,7 +228,7 @@ class TrialProcess(Trainable):
         self.ranks.end()
         return {
             "failed": reason,
-            "of_node": isinstance(error, UnfitNode) and not any(key.startswith(OF_PLACES) for key in self.values),
+            "of_node": isinstance(error, UnfitNode) and NEEDED_THERE.isdisjoint(self.values),
             "values": self.values,
             "warnings": self._warnings(),
             "done": True,
