@@ -7,6 +7,7 @@ import yaml
 
 from bdkd_dist import config
 from bdkd_dist.errors import UserError
+from bdkd_dist.objectives import ParameterSchedule
 
 
 @pytest.mark.parametrize("name", config.recipe_names())
@@ -72,6 +73,43 @@ def test_a_part_of_a_gpu_is_for_workers_that_need_not_speak_to_each_other_there(
     config.load("digits", ["launch.workers=2", "launch.gpus_per_worker=0.5", other])
 
 
+@pytest.mark.parametrize(
+    ("overrides", "read", "schedule"),
+    [
+        (
+            ["objective.student_weight={start: 0, end: 3, shape: sigmoid, until: 0.3}"],
+            "student_weight",
+            (0, 3, "sigmoid", 0.3),
+        ),
+        (
+            ["objective.student_weight={start: 0, end: 3}", "objective.student_weight.until=0.5"],
+            "student_weight",
+            (0, 3, "linear", 0.5),
+        ),
+        (["objective.ce_weight.end=0.2"], "ce_weight", (1, 0.2, "linear", 1)),  # from the number that it was
+        (["objective.ce_weight=0.5", "objective.ce_weight.end=0.2"], "ce_weight", (0.5, 0.2, "linear", 1)),
+        (["objective.weight.start=0", "objective.name=kdcl"], "weight", (0, 1, "linear", 1)),
+    ],
+)
+def test_any_number_of_an_objective_may_be_a_schedule(
+    overrides: list[str], read: str, schedule: tuple[float, float, str, float]
+) -> None:
+    recipe = config.load("digits", overrides)
+    start, end, shape, until = schedule
+    assert getattr(recipe.objective, read) == ParameterSchedule(start=start, end=end, shape=shape, until=until)  # type: ignore[arg-type]
+    assert config.from_dict(yaml.safe_load(recipe.to_yaml())) == recipe
+    assert getattr(config.override(recipe, [f"objective.{read}=2"]).objective, read) == 2
+
+
+def test_a_recipe_changes_a_part_of_its_bases_schedule(tmp_path: Path) -> None:
+    base, mine = tmp_path / "base.yaml", tmp_path / "mine.yaml"
+    base.write_text(config.load("digits", ["objective.student_weight={start: 0, end: 3, shape: cosine}"]).to_yaml())
+    mine.write_text(f"base: {base}\nobjective: {{student_weight: {{end: 5}}, teacher_weight: {{start: 0, end: 1}}}}")
+    objective = config.load(str(mine)).objective
+    assert objective.student_weight == ParameterSchedule(start=0, end=5, shape="cosine")
+    assert objective.teacher_weight == ParameterSchedule(start=0, end=1)
+
+
 def test_changing_the_objective_drops_the_former_ones_parameters(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(config.load("digits", ["objective.nu_reverse=3"]).to_yaml())
@@ -123,6 +161,27 @@ def test_changing_the_objective_drops_the_former_ones_parameters(tmp_path: Path)
         (["models.students=[resnet8"], ["models.students", "[resnet8,resnet20]"]),
         (["models.student=none"], ["a student is missing"]),
         (["train.compile=true", "train.gradient_shares=true"], ["train.gradient_shares", "train.compile"]),
+        (
+            ["objective.student_weight={start: 0, end: 1, shape: sigmod}"],
+            ["objective.student_weight.shape=sigmod", "'linear', 'sigmoid' or 'cosine'", "did you mean 'sigmoid'"],
+        ),
+        (
+            ["objective.student_weight={start: 0, end: 1, until: 0}"],
+            ["objective.student_weight.until=0.0 is not allowed (allowed: finite, > 0, <= 1)"],
+        ),
+        (
+            ["objective.temperature={start: 0, end: 1}"],
+            ["objective.temperature.start=0.0 is not allowed (allowed: finite, > 0)"],
+        ),
+        (["objective.nu_forward.end=-1"], ["objective.nu_forward.end=-1.0 is not allowed (allowed: finite, >= 0)"]),
+        (["objective.ce_weight.edn=0"], ["objective.ce_weight.edn", "did you mean 'objective.ce_weight.end'?"]),
+        (["objective.ce_weight={start: 0}"], ["does not set objective.ce_weight.end"]),
+        (["objective.ce_weight={start: 0"], ["objective.ce_weight", "not a section, e.g. {start: 0, end: 1}"]),
+        (["objective.ce_weight.end.x=1"], ["unknown recipe key 'objective.ce_weight.end.x'"]),
+        (["objective.gate={start: 0, end: 1}"], ["objective.gate", "'hard' or 'soft'"]),
+        (["objective.gate.end=1"], ["objective.gate.end", "gate is no number that may change", "allowed: ce_weight"]),
+        (["objective.ce_wieght.end=1"], ["ce_wieght is no number", "did you mean 'ce_weight'"]),
+        (["objective.name=ce", "objective.ce_weight.end=1"], ["ce_weight is no number", "none of this objective"]),
         (["models.teacher_checkpoint="], ["models.teacher_checkpoint"]),
     ],
 )

@@ -20,6 +20,7 @@ from bdkd_dist.config.sections import (
     Train,
     differences,
     flatten,
+    last_name,
 )
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "differences",
     "flatten",
     "from_dict",
+    "last_name",
     "load",
     "override",
     "places",

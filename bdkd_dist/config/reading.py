@@ -1,6 +1,7 @@
 """Recipes read from YAML, dotted overrides, and one line for each mistake in them."""
 
 import dataclasses
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -10,7 +11,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from bdkd_dist.config.sections import Recipe
 from bdkd_dist.errors import UserError, nearest, unknown
-from bdkd_dist.objectives import OBJECTIVES
+from bdkd_dist.objectives import OBJECTIVES, ParameterSchedule
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 
@@ -49,8 +50,10 @@ def _replaced(tree: dict[str, Any], changes: Iterable[tuple[str, Any]]) -> Recip
     objective = tree.get("objective")
     chosen = next((value for key, value in reversed(pairs) if key == "objective.name"), None)
     if chosen is not None and isinstance(objective, dict) and objective.get("name", "bdkd") != chosen:
-        tree["objective"] = {}
+        tree["objective"] = {"name": chosen}
     for key, value in pairs:
+        if key.startswith("objective.") and key.count(".") > 1:
+            _make_schedule(tree, key)
         _set(tree, key, value)
         if (other := {"models.student": "models.students", "models.students": "models.student"}.get(key)) and value:
             _set(tree, other, None if other == "models.student" else [])
@@ -74,10 +77,51 @@ def _objective(section: Any) -> Any:
     name = section.get("name", "bdkd")
     if not isinstance(name, str) or name not in OBJECTIVES:
         raise unknown("objective.name", str(name), OBJECTIVES)
+    objective = OBJECTIVES[name]
+    numbers = _numbers(objective)
+    values = {
+        key: _parsed(ParameterSchedule, value, f"objective.{key}.")
+        if key in numbers and isinstance(value, dict)
+        else value
+        for key, value in section.items()
+    }
+    return _parsed(objective, {**values, "name": name}, "objective.")
+
+
+def _parsed(kind: type, values: dict[str, Any], prefix: str) -> Any:
+    """Return the dataclass with these values; raises UserError that names keys behind the prefix."""
     try:
-        return TypeAdapter(OBJECTIVES[name]).validate_python({**section, "name": name})
+        return TypeAdapter(kind).validate_python(values)
     except ValidationError as error:
-        raise UserError(_one_line(error, prefix="objective.")) from None
+        raise UserError(_one_line(error, prefix, [f"{prefix}{name}" for name in _names(kind)])) from None
+
+
+def _names(kind: Any) -> list[str]:
+    """Return the names of a dataclass's fields."""
+    return [field.name for field in dataclasses.fields(kind)]
+
+
+def _numbers(objective: type) -> set[str]:
+    """Return the names of an objective's parameters that may be schedules."""
+    return {name for name, hint in get_type_hints(objective).items() if ParameterSchedule in get_args(hint)}
+
+
+def _make_schedule(tree: dict[str, Any], key: str) -> None:
+    """Let ``objective.parameter.end=…`` change a plain number: it becomes a schedule that begins and ends with it."""
+    parameter = key.split(".")[1]
+    section = tree.setdefault("objective", {})
+    objective = OBJECTIVES.get(str(section.get("name", "bdkd"))) if isinstance(section, dict) else None
+    if objective is None:
+        return  # from_dict says so
+    if parameter not in _numbers(objective):
+        numbers = sorted(_numbers(objective))
+        hint, allowed = nearest(parameter, numbers), ", ".join(numbers) or "none of this objective"
+        raise UserError(f"{key}: {parameter} is no number that may change over training{hint} (allowed: {allowed})")
+    now = section.get(parameter, getattr(objective, parameter))
+    if isinstance(now, ParameterSchedule):
+        section[parameter] = dataclasses.asdict(now)
+    elif not isinstance(now, dict):
+        section[parameter] = {"start": now, "end": now}
 
 
 def _read(recipe: str, above: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -125,7 +169,8 @@ def _split(override: str) -> tuple[str, Any]:
             return key, yaml.safe_load(text)
         except yaml.YAMLError:
             example = "[resnet8,resnet20]" if key == "models.students" else "[150,180]"
-            raise UserError(f"{key}: '{text}' is not a list, e.g. {example}") from None
+            kind = f"a list, e.g. {example}" if text[0] == "[" else "a section, e.g. {start: 0, end: 1}"
+            raise UserError(f"{key}: '{text}' is not {kind}") from None
     return key, text  # pydantic reads the text by the key's type
 
 
@@ -163,25 +208,28 @@ def _annotations() -> dict[str, Any]:
     parameters: dict[str, Any] = {}
     for objective in OBJECTIVES.values():
         hints = get_type_hints(objective)
-        parameters |= {f"objective.{name}": hints[name] for name in _parameters(objective)}
+        parameters |= {f"objective.{name}": hints[name] for name in _names(objective)}
     return dict(walk(Recipe, "")) | dict(sorted(parameters.items()))
 
 
-def _parameters(objective: Any) -> list[str]:
-    return [field.name for field in dataclasses.fields(objective)]
+def _one_line(error: ValidationError, prefix: str = "", siblings: Sequence[str] = ()) -> str:
+    """Return the first complaint of pydantic as: key, value, what is allowed, nearest right spelling.
 
-
-def _one_line(error: ValidationError, prefix: str = "") -> str:
-    """Return the first complaint of pydantic as: key, value, what is allowed, nearest right spelling."""
-    first, *rest = error.errors()
-    key = prefix + ".".join(str(part) for part in first["loc"])
+    Args:
+        error: Of pydantic.
+        prefix: What stands before its keys.
+        siblings: The keys of the section that it is about; by default those of the recipe's section.
+    """
+    by_key: dict[str, Any] = {}
+    for complaint in error.errors():  # of a number or schedule there is one for each
+        parts = [str(part) for part in complaint["loc"] if part not in ("float", ParameterSchedule.__name__)]
+        by_key.setdefault(prefix + ".".join(parts), complaint)
+    (key, first), *rest = by_key.items()
     more = f" (and {len(rest)} more)" if rest else ""
     message = first["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
     if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         section = key.rpartition(".")[0]
-        siblings = [k for k in _keys() if k.rpartition(".")[0] == section] if section else []
-        if prefix and (objective := OBJECTIVES.get(error.title.lower())):
-            siblings = [f"objective.{name}" for name in _parameters(objective)]
+        siblings = siblings or ([k for k in _keys() if k.rpartition(".")[0] == section] if section else [])
         hint = nearest(key, siblings) or nearest(key, _keys())
         allowed = ", ".join(k.rpartition(".")[2] for k in siblings) or ", ".join(Recipe.model_fields)
         return f"unknown recipe key '{key}'{hint} (allowed: {allowed}){more}"
@@ -192,5 +240,7 @@ def _one_line(error: ValidationError, prefix: str = "") -> str:
     value = first["input"]
     if first["type"] == "tuple_type":
         return f"{key}={value}: give a list in brackets, e.g. {key}=[{value}]{more}"
+    if first["type"] == "literal_error" and isinstance(value, str):
+        more = nearest(value, re.findall("'([^']+)'", first["ctx"]["expected"])) + more
     shown = f"={value}" if isinstance(value, str | int | float | bool | list | tuple) or value is None else ""
     return f"{key}{shown}: {message[0].lower()}{message[1:]}{more}"

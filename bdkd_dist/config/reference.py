@@ -18,12 +18,19 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from bdkd_dist.config.sections import NOT_IDENTITY, Data, Recipe
-from bdkd_dist.objectives import OBJECTIVES
+from bdkd_dist.objectives import OBJECTIVES, ParameterSchedule
 
 BEGIN, END = "<!-- the keys, by bdkd_dist.config.reference -->\n", "<!-- end -->\n"
 BEGIN_CHANGEABLE = "<!-- what may change, by bdkd_dist.config.reference -->\n"
 HEAD = "| key | allowed | default | meaning |\n|---|---|---|---|\n"
-KINDS = {int: "whole number", float: "number", str: "text", bool: "`true`, `false`", ...: "…"}
+KINDS = {
+    int: "whole number",
+    float: "number",
+    str: "text",
+    bool: "`true`, `false`",
+    ...: "…",
+    ParameterSchedule: "schedule",
+}
 BOUNDS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
 OBJECTIVE_KEYS = {
     "nu_forward": "ν_f: factor of KL(p_t‖p_s) where the gate boosts it (over-confident student).",

@@ -396,3 +396,9 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in tree.items():
         flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
+
+
+def last_name(key: str) -> str:
+    """Return what a dotted key is called where it stands alone: its last part, of a schedule's also the parameter."""
+    section, *names = key.removesuffix(".name").split(".")
+    return ".".join(names[-2:] if section == "objective" else names[-1:]) or section

@@ -14,6 +14,7 @@ from bdkd_dist.engine.pair import Pair
 from bdkd_dist.engine.replay import Replayed
 from bdkd_dist.metrics import CalibrationState, fit_temperature, fit_vector_scaling
 from bdkd_dist.objectives.divergences import entropy, log_probabilities
+from bdkd_dist.objectives.schedule import value
 
 VECTOR_SCALING_CLASSES = 1000
 """Vector scaling is fitted for at most so many: its Newton step holds (2K)² numbers."""
@@ -67,7 +68,7 @@ class Evaluator:
 
         The entropies are (N,) in nats on the CPU, at the objective's ``entropy_temperature`` where it has one.
         """
-        temperature = getattr(self.pair.objective, "entropy_temperature", 1.0)
+        temperature = value(getattr(self.pair.objective, "entropy_temperature", 1.0))
         states = {name: CalibrationState(self.num_classes, device=self.device) for name in self.networks}
         entropies = {name: [torch.empty(0, device=self.device)] for name in self.networks}
         for batch, logits in self._forward(batches):

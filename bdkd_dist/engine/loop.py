@@ -180,7 +180,8 @@ class Trainer:
         torch.manual_seed(hash((self.recipe.train.seed, self.step, self.rank)) % 2**63)
         larger = len(self.dataset.train) % self.steps_per_epoch
         global_batch = len(self.dataset.train) // self.steps_per_epoch + (self.step_in_epoch < larger)
-        self._remember(self.stepper(*self._on_device(batch), self._learning_rate(self.step), global_batch))
+        lr, progress = self._learning_rate(self.step), self.step / self.total_steps
+        self._remember(self.stepper(*self._on_device(batch), lr, progress, global_batch))
         self.step += 1
         self.step_in_epoch += 1
 
@@ -232,6 +233,8 @@ class Trainer:
         scalars = {f"train/{name}": value for name, value in zip(self.stepper.names, means, strict=True)}
         lr = self._learning_rate(self.step - 1)
         scalars |= {f"lr/{group['name']}": lr for group in self.stepper.optimizer.param_groups}
+        progress = (self.step - 1) / self.total_steps
+        scalars |= {f"objective/{name}": schedule.at(progress) for name, schedule in self.pair.schedules.items()}
         now = time.perf_counter()
         seconds_per_step = (now - self._clock) / max(1, self.step - self._clock_step)
         self._clock, self._clock_step = now, self.step

@@ -19,6 +19,7 @@ class Pair(nn.Module):
     Attributes:
         networks: ``teacher`` and ``student``, or ``student_1``, ``student_2`` and so on; each takes normalised
             (B, 3, H, W) images and gives (B, K) logits. A teacher that does not learn is frozen and stays in eval mode.
+        schedules: The objective's parameters that change over training; :meth:`set_progress` says when.
     """
 
     def __init__(
@@ -29,10 +30,14 @@ class Pair(nn.Module):
         std: tuple[float, float, float],
         autocast_dtype: torch.dtype | None = None,
         gradient_shares: bool = False,
+        device: torch.device | None = None,
     ):
         super().__init__()
         self.networks = nn.ModuleDict(networks)
-        self.objective = objective
+        self.schedules = objective.schedules
+        self._scheduled = {name: torch.zeros((), dtype=torch.float64, device=device) for name in self.schedules}
+        self.objective = objective.bound(self._scheduled)
+        self.set_progress(0.0)
         self.gradient_shares = gradient_shares
         if not objective.teacher_learns:
             self.networks["teacher"].requires_grad_(False)
@@ -57,6 +62,14 @@ class Pair(nn.Module):
         if self.gradient_shares:
             losses.diagnostics.update(self.objective.gradient_shares(students, teacher, targets))
         return losses.student_loss + losses.teacher_loss, losses
+
+    def set_progress(self, progress: float) -> None:
+        """Give the objective the parameters it has once a share ``progress``, in [0, 1], of all steps is done.
+
+        In place and without waiting for the device, so that compiled and recorded steps read the new values.
+        """
+        for name, schedule in self.schedules.items():
+            self._scheduled[name].fill_(schedule.at(progress))
 
     def train(self, mode: bool = True) -> "Pair":
         """Set the mode of every network that learns."""
@@ -102,5 +115,6 @@ def build_pair(recipe: Recipe, device: torch.device) -> Pair:
         recipe.data.std,
         AUTOCAST.get(recipe.train.precision),
         recipe.train.gradient_shares,
+        device,
     )
     return pair.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]

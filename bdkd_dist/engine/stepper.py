@@ -102,13 +102,14 @@ class Stepper:
             )
         self._update = Replayed(self._compute, self.device, "train.compile=true") if self.replayed else self._compute
 
-    def __call__(self, images: Tensor, targets: Tensor, lr: float, global_batch: int) -> Tensor:
+    def __call__(self, images: Tensor, targets: Tensor, lr: float, progress: float, global_batch: int) -> Tensor:
         """Take one step.
 
         Args:
             images: (B, H, W, 3) uint8, this rank's.
             targets: (B,) int64 class indices or (B, K) soft targets.
             lr: Learning rate of all networks.
+            progress: Share of all steps that is done, in [0, 1], for the objective's schedules.
             global_batch: Samples of all ranks together.
 
         Returns:
@@ -116,6 +117,7 @@ class Stepper:
             ranks. It may be written to by the next step.
         """
         set_learning_rate(self.optimizer, lr)
+        self.pair.set_progress(progress)
         self._global_batch = global_batch  # on one rank it is the batch's own size, which a CUDA graph has fixed
         return self._update(images, targets)
 

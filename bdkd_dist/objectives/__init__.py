@@ -7,6 +7,7 @@ from bdkd_dist.objectives.ce import CE
 from bdkd_dist.objectives.dml import DML
 from bdkd_dist.objectives.kd import KD
 from bdkd_dist.objectives.kdcl import KDCL
+from bdkd_dist.objectives.schedule import ParameterSchedule
 from bdkd_dist.objectives.switokd import SwitOKD
 
 OBJECTIVES: dict[str, type[Objective]] = {
@@ -37,6 +38,7 @@ __all__ = [
     "Jeffreys",
     "Losses",
     "Objective",
+    "ParameterSchedule",
     "Skew",
     "SwitOKD",
     "student_names",

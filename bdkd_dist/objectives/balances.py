@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bdkd_dist.errors import UserError
-from bdkd_dist.objectives.base import PairParts, PairwiseObjective, check_number, watch_apart
+from bdkd_dist.objectives.base import PairParts, PairwiseObjective, watch_apart
 from bdkd_dist.objectives.divergences import (
     alpha_beta,
     cross_entropy,
@@ -21,6 +21,7 @@ from bdkd_dist.objectives.divergences import (
     log_probabilities,
     skew_kl,
 )
+from bdkd_dist.objectives.schedule import Number, ParameterSchedule, check_number, equals, value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,10 +37,10 @@ class Balance(PairwiseObjective):
         UserError: A parameter is out of range.
     """
 
-    temperature: float = 1.0
-    ce_weight: float = 1.0
-    student_weight: float = 1.0
-    teacher_weight: float = 1.0
+    temperature: Number = 1.0
+    ce_weight: Number = 1.0
+    student_weight: Number = 1.0
+    teacher_weight: Number = 1.0
 
     def __post_init__(self) -> None:
         check_number("temperature", self.temperature, positive=True)
@@ -54,18 +55,18 @@ class Balance(PairwiseObjective):
         """See :class:`~bdkd_dist.objectives.base.PairwiseObjective`."""
         log_student, log_teacher = log_probabilities(student), log_probabilities(teacher)
         soft_student, soft_teacher = log_student, log_teacher
-        if self.temperature != 1:
-            soft_student = log_probabilities(student, self.temperature)
-            soft_teacher = log_probabilities(teacher, self.temperature)
-        scale = self.temperature**2
+        tau, ce_weight = value(self.temperature), value(self.ce_weight)
+        if not equals(tau, 1):
+            soft_student, soft_teacher = log_probabilities(student, tau), log_probabilities(teacher, tau)
+        scale = tau**2
         following = self.divergence(soft_teacher.detach(), soft_student)
         student_terms = {
-            "ce": self.ce_weight * cross_entropy(log_student, targets),
-            "divergence": self.student_weight * scale * following,
+            "ce": ce_weight * cross_entropy(log_student, targets),
+            "divergence": value(self.student_weight) * scale * following,
         }
         teacher_terms = {
-            "ce": self.ce_weight * cross_entropy(log_teacher, targets),
-            "forward": self.teacher_weight * scale * kl_divergence(soft_student.detach(), soft_teacher),
+            "ce": ce_weight * cross_entropy(log_teacher, targets),
+            "forward": value(self.teacher_weight) * scale * kl_divergence(soft_student.detach(), soft_teacher),
         }
         return PairParts(student_terms, teacher_terms, watch_apart(log_student, log_teacher, targets))
 
@@ -97,7 +98,7 @@ class Skew(Balance):
     """``D = KL(p_t‖λ·p_t + (1−λ)·p_s)``, λ = ``skew`` (DistiLLM, arXiv 2402.03898)."""
 
     name: Literal["skew"] = "skew"
-    skew: float = 0.1
+    skew: Number = 0.1
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -105,7 +106,7 @@ class Skew(Balance):
 
     def divergence(self, log_teacher: Tensor, log_student: Tensor) -> Tensor:
         """See :meth:`Balance.divergence`."""
-        return skew_kl(log_teacher, log_student, self.skew)
+        return skew_kl(log_teacher, log_student, value(self.skew))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +119,7 @@ class AKL(Balance):
     """
 
     name: Literal["akl"] = "akl"
-    head_mass: float = 0.5
+    head_mass: Number = 0.5
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -135,7 +136,7 @@ class AKL(Balance):
         ranked, order = teacher.sort(dim=1, descending=True)
         gaps = (ranked - student.gather(1, order)).abs()
         mass = torch.cat((torch.zeros_like(ranked[:, :1]), ranked.cumsum(1)[:, 1:]), dim=1)  # the first is always in
-        head = torch.where(mass <= self.head_mass, gaps, 0.0).sum(1)
+        head = torch.where(mass <= value(self.head_mass), gaps, 0.0).sum(1)
         total = gaps.sum(1)
         return torch.where(total > 0, head / total, 0.5)
 
@@ -148,16 +149,22 @@ class ABKD(Balance):
     """
 
     name: Literal["abkd"] = "abkd"
-    alpha: float = 0.9
-    beta: float = 0.2
+    alpha: Number = 0.9
+    beta: Number = 0.2
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_number("alpha", self.alpha)
         check_number("beta", self.beta)
-        if self.alpha == self.beta == 0:
+        # A number that moves between two bounds is 0 at one of its ends at most, until it moves or once it has come.
+        ends = [0.0, 1.0, *(schedule.until for schedule in self.schedules.values())]
+        if any(_at(self.alpha, progress) == _at(self.beta, progress) == 0 for progress in ends):
             raise UserError("alpha=0 and beta=0 are not allowed together (allowed: >= 0, one of them > 0)")
 
     def divergence(self, log_teacher: Tensor, log_student: Tensor) -> Tensor:
         """See :meth:`Balance.divergence`."""
-        return alpha_beta(log_teacher, log_student, self.alpha, self.beta)
+        return alpha_beta(log_teacher, log_student, value(self.alpha), value(self.beta))
+
+
+def _at(parameter: Number, progress: float) -> float:
+    return parameter.at(progress) if isinstance(parameter, ParameterSchedule) else parameter

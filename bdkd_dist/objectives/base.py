@@ -1,15 +1,17 @@
 """What every objective shares: the interface, the precision, the checks, and what is watched beside the losses."""
 
-import math
+import copy
+import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
 from bdkd_dist.errors import UserError, unknown
 from bdkd_dist.objectives.divergences import cross_entropy, entropy, kl_divergence
+from bdkd_dist.objectives.schedule import ParameterSchedule
 
 Terms = dict[str, Tensor]
 """What a network minimises: (N,) values by term, weights included; the loss is the mean of their sum."""
@@ -55,6 +57,9 @@ class Objective(ABC):
     Subclasses are frozen keyword-only dataclasses with a literal ``name``, and define :meth:`parts`. The formulas run
     in float32 or wider whatever the logits' type, and outside any autocast. Nothing depends on a tensor's value in
     Python, so that a step never waits for the device and compiles as one graph.
+
+    A number may be a :class:`~bdkd_dist.objectives.schedule.ParameterSchedule`; :meth:`at` gives the objective of a
+    moment, :meth:`bound` the objective of a loop that changes its numbers in place.
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}  # read where recipes are checked
@@ -65,6 +70,31 @@ class Objective(ABC):
     """None: any number of students."""
 
     name: str
+
+    @property
+    def schedules(self) -> dict[str, ParameterSchedule]:
+        """The parameters that change over training, by name."""
+        fields = dataclasses.fields(self)  # type: ignore[arg-type]
+        values = {field.name: getattr(self, field.name) for field in fields}
+        return {name: value for name, value in values.items() if isinstance(value, ParameterSchedule)}
+
+    def at(self, progress: float) -> Self:
+        """Return the objective as it is once a share ``progress``, in [0, 1], of all steps is done."""
+        values = {name: schedule.at(progress) for name, schedule in self.schedules.items()}
+        return dataclasses.replace(self, **values)  # type: ignore[type-var]
+
+    def bound(self, values: Mapping[str, Tensor]) -> Self:
+        """Return the objective with scalar tensors in place of parameters.
+
+        Whoever holds them may write to them between steps: a compiled or recorded step reads them where they are.
+
+        Args:
+            values: 0-dim float64 tensors on the logits' device, by name; within the parameters' bounds.
+        """
+        bound = copy.copy(self)
+        for name, value in values.items():
+            object.__setattr__(bound, name, value)
+        return bound
 
     def __call__(self, student_logits: Tensor | Sequence[Tensor], teacher_logits: Tensor, targets: Tensor) -> Losses:
         """Return the losses of a batch.
@@ -237,14 +267,6 @@ def watch_apart(
         reverse_kl=kl_divergence(log_student, log_teacher),
         student=student,
     )
-
-
-def check_number(field: str, value: float, *, positive: bool = False, below: float = math.inf) -> None:
-    """Raise UserError unless a parameter is a finite number that is not negative, or in the range asked for."""
-    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not number or value < 0 or (positive and value == 0) or value >= below:
-        allowed = ("> 0" if positive else ">= 0") + (f", < {below:g}" if math.isfinite(below) else "")
-        raise UserError(f"{field}={value} is not allowed (allowed: finite, {allowed})")
 
 
 def check_word(field: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -17,8 +17,9 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from bdkd_dist.objectives.base import PairParts, PairwiseObjective, Terms, check_number, check_word, watch
+from bdkd_dist.objectives.base import PairParts, PairwiseObjective, Terms, check_word, watch
 from bdkd_dist.objectives.divergences import cross_entropy, entropy, kl_divergence, log_probabilities
+from bdkd_dist.objectives.schedule import Number, Value, check_number, equals, value
 
 Gate = Literal["hard", "soft"]
 TeacherTerm = Literal["student_to_teacher", "teacher_to_student", "balanced", "none"]
@@ -62,15 +63,15 @@ class BDKD(PairwiseObjective):
     """
 
     name: Literal["bdkd"] = "bdkd"
-    nu_forward: float = 2.0
-    nu_reverse: float = 2.0
-    temperature: float = 1.0
-    entropy_temperature: float = 1.0
-    ce_weight: float = 1.0
-    student_weight: float = 1.0
-    teacher_weight: float = 1.0
+    nu_forward: Number = 2.0
+    nu_reverse: Number = 2.0
+    temperature: Number = 1.0
+    entropy_temperature: Number = 1.0
+    ce_weight: Number = 1.0
+    student_weight: Number = 1.0
+    teacher_weight: Number = 1.0
     gate: Gate = "hard"
-    sharpness: float = 4.0
+    sharpness: Number = 4.0
     teacher_term: TeacherTerm = "student_to_teacher"
 
     def __post_init__(self) -> None:
@@ -91,14 +92,14 @@ class BDKD(PairwiseObjective):
 
         forward = kl_divergence(teacher_at_tau.detach(), student_at_tau)
         reverse = kl_divergence(student_at_tau, teacher_at_tau.detach())
-        scale = self.student_weight * self.temperature**2
+        scale = value(self.student_weight) * value(self.temperature) ** 2
         student_terms = {
-            "ce": self.ce_weight * student_ce,
-            "forward": scale * self._weight(self.nu_forward, -gap) * forward,
-            "reverse": scale * self._weight(self.nu_reverse, gap) * reverse,
+            "ce": value(self.ce_weight) * student_ce,
+            "forward": scale * self._weight(value(self.nu_forward), -gap) * forward,
+            "reverse": scale * self._weight(value(self.nu_reverse), gap) * reverse,
         }
         teacher_terms = {
-            "ce": self.ce_weight * teacher_ce,
+            "ce": value(self.ce_weight) * teacher_ce,
             **self._teacher_terms(student_at_tau.detach(), teacher_at_tau, gap),
         }
         watched = watch(
@@ -115,26 +116,27 @@ class BDKD(PairwiseObjective):
 
     def _log_probabilities(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return log-probabilities at temperatures 1, τ and τ_H; equal temperatures share one softmax."""
+        tau, tau_entropy = value(self.temperature), value(self.entropy_temperature)
         at_one = log_probabilities(logits)
-        at_tau = at_one if self.temperature == 1 else log_probabilities(logits, self.temperature)
-        if self.entropy_temperature == self.temperature:
-            return at_one, at_tau, at_tau
-        if self.entropy_temperature == 1:
+        at_tau = at_one if equals(tau, 1) else log_probabilities(logits, tau)
+        if equals(tau_entropy, 1):
             return at_one, at_tau, at_one
-        return at_one, at_tau, log_probabilities(logits, self.entropy_temperature)
+        if not isinstance(tau, Tensor) and equals(tau_entropy, tau):
+            return at_one, at_tau, at_tau
+        return at_one, at_tau, log_probabilities(logits, tau_entropy)
 
-    def _weight(self, nu: float, gap: Tensor) -> Tensor:
-        opened = (gap > 0).to(gap.dtype) if self.gate == "hard" else torch.sigmoid(self.sharpness * gap)
+    def _weight(self, nu: Value, gap: Tensor) -> Tensor:
+        opened = (gap > 0).to(gap.dtype) if self.gate == "hard" else torch.sigmoid(value(self.sharpness) * gap)
         return 1 + (nu - 1) * opened
 
     def _teacher_terms(self, log_student: Tensor, log_teacher: Tensor, gap: Tensor) -> Terms:
         """Return the divergences of the teacher, for which its own direction to the student is the reverse one."""
-        scale = self.teacher_weight * self.temperature**2
+        scale = value(self.teacher_weight) * value(self.temperature) ** 2
         terms: Terms = {}
         if self.teacher_term in ("student_to_teacher", "balanced"):
-            weight = self._weight(self.nu_forward, gap) if self.teacher_term == "balanced" else 1
+            weight = self._weight(value(self.nu_forward), gap) if self.teacher_term == "balanced" else 1
             terms["forward"] = scale * weight * kl_divergence(log_student, log_teacher)
         if self.teacher_term in ("teacher_to_student", "balanced"):
-            weight = self._weight(self.nu_reverse, -gap) if self.teacher_term == "balanced" else 1
+            weight = self._weight(value(self.nu_reverse), -gap) if self.teacher_term == "balanced" else 1
             terms["reverse"] = scale * weight * kl_divergence(log_teacher, log_student)
         return terms

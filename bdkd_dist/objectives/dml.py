@@ -6,8 +6,9 @@ from typing import Literal
 
 from torch import Tensor
 
-from bdkd_dist.objectives.base import Objective, Parts, Terms, check_number, student_names, watch_apart
+from bdkd_dist.objectives.base import Objective, Parts, Terms, student_names, watch_apart
 from bdkd_dist.objectives.divergences import cross_entropy, kl_divergence, log_probabilities
+from bdkd_dist.objectives.schedule import Number, check_number, value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +23,7 @@ class DML(Objective):
     """
 
     name: Literal["dml"] = "dml"
-    weight: float = 1.0
+    weight: Number = 1.0
 
     def __post_init__(self) -> None:
         check_number("weight", self.weight)
@@ -39,5 +40,5 @@ class DML(Objective):
     def _terms(self, logs: list[Tensor], index: int, targets: Tensor) -> Terms:
         own, others = logs[index], logs[:index] + logs[index + 1 :]
         taught = [kl_divergence(other.detach(), own) for other in others]
-        weight = self.weight / len(others)
+        weight = value(self.weight) / len(others)
         return {"ce": cross_entropy(own, targets), "mutual": weight * sum(taught[1:], start=taught[0])}

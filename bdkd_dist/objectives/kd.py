@@ -5,8 +5,9 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from bdkd_dist.objectives.base import PairParts, PairwiseObjective, check_number, watch_apart
+from bdkd_dist.objectives.base import PairParts, PairwiseObjective, watch_apart
 from bdkd_dist.objectives.divergences import cross_entropy, kl_divergence, log_probabilities
+from bdkd_dist.objectives.schedule import Number, check_number, value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,9 +25,9 @@ class KD(PairwiseObjective):
     teacher_learns: ClassVar[bool] = False
 
     name: Literal["kd"] = "kd"
-    temperature: float = 4.0
-    ce_weight: float = 0.1
-    weight: float = 0.9
+    temperature: Number = 4.0
+    ce_weight: Number = 0.1
+    weight: Number = 0.9
 
     def __post_init__(self) -> None:
         check_number("temperature", self.temperature, positive=True)
@@ -36,11 +37,10 @@ class KD(PairwiseObjective):
     def pair(self, student: Tensor, teacher: Tensor, targets: Tensor) -> PairParts:
         """See :class:`~bdkd_dist.objectives.base.PairwiseObjective`."""
         log_student, log_teacher = log_probabilities(student), log_probabilities(teacher.detach())
-        forward = kl_divergence(
-            log_probabilities(teacher.detach(), self.temperature), log_probabilities(student, self.temperature)
-        )
+        tau = value(self.temperature)
+        forward = kl_divergence(log_probabilities(teacher.detach(), tau), log_probabilities(student, tau))
         terms = {
-            "ce": self.ce_weight * cross_entropy(log_student, targets),
-            "forward": self.weight * self.temperature**2 * forward,
+            "ce": value(self.ce_weight) * cross_entropy(log_student, targets),
+            "forward": value(self.weight) * tau**2 * forward,
         }
         return PairParts(terms, {}, watch_apart(log_student, log_teacher, targets))

@@ -7,8 +7,9 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from bdkd_dist.objectives.base import Objective, Parts, check_number, check_word, student_names, watch_apart
+from bdkd_dist.objectives.base import Objective, Parts, check_word, student_names, watch_apart
 from bdkd_dist.objectives.divergences import cross_entropy, kl_divergence, log_probabilities
+from bdkd_dist.objectives.schedule import Number, check_number, value
 
 Ensemble = Literal["min_logit", "naive", "linear"]
 HALVINGS = 20
@@ -35,8 +36,8 @@ class KDCL(Objective):
 
     name: Literal["kdcl"] = "kdcl"
     ensemble: Ensemble = "min_logit"
-    temperature: float = 2.0
-    weight: float = 1.0
+    temperature: Number = 2.0
+    weight: Number = 1.0
 
     def __post_init__(self) -> None:
         check_word("ensemble", self.ensemble, get_args(Ensemble))
@@ -47,13 +48,14 @@ class KDCL(Objective):
         """See :meth:`~bdkd_dist.objectives.base.Objective.parts`."""
         networks = [*students, teacher]
         together = self._ensemble(torch.stack([z.detach() for z in networks]), targets)
-        log_together = log_probabilities(together, self.temperature)
+        tau = value(self.temperature)
+        log_together = log_probabilities(together, tau)
         logs = [log_probabilities(z) for z in networks]
-        scale = self.weight * self.temperature**2
+        scale = value(self.weight) * tau**2
         terms = [
             {
                 "ce": cross_entropy(log_p, targets),
-                "ensemble": scale * kl_divergence(log_together, log_probabilities(z, self.temperature)),
+                "ensemble": scale * kl_divergence(log_together, log_probabilities(z, tau)),
             }
             for z, log_p in zip(networks, logs, strict=True)
         ]

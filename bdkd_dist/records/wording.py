@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from bdkd_dist.config import last_name
 from bdkd_dist.metrics.goals import PERCENT
 
 METRICS = ("top1", "ece", "adaece", "nll", "brier")
@@ -62,8 +63,8 @@ def value_text(value: Any) -> str:
 
 
 def short_names(keys: Sequence[str]) -> dict[str, str]:
-    """Return what each dotted key is called where it stands alone: its last part, if no other key ends so."""
-    last = [key.removesuffix(".name").rpartition(".")[2] for key in keys]
+    """Return what each dotted key is called where it stands alone: its :func:`last_name`, if no other has it."""
+    last = [last_name(key) for key in keys]
     return {key: name if last.count(name) == 1 else key for key, name in zip(keys, last, strict=True)}
 
 

@@ -65,6 +65,49 @@ def test_every_domain_is_read_and_drawn_within_its_bounds(tmp_path: Path) -> Non
         assert (values["train.ema_decay"], values["train.epochs"]) == (None, 5)
 
 
+def test_the_parts_of_a_schedule_are_keys_of_their_own(tmp_path: Path) -> None:
+    body = """
+        "objective.name": tune.choice(["bdkd", "dml"]),
+        "objective.student_weight.start": 0.0,
+        "objective.student_weight.end": tune.loguniform(1, 10),
+        "objective.student_weight.shape": tune.choice(["linear", "sigmoid"]),
+        "objective.weight.until": tune.uniform(0.1, 1),
+    """
+    seen = set()
+    for values in loaded(tmp_path, body).draws(20, seed=0):
+        objective = config.replace(DIGITS, values).objective
+        if objective.name == "bdkd":
+            schedule, plain = objective.student_weight, objective.teacher_weight
+            assert (schedule.start, schedule.end) == (0, values["objective.student_weight.end"])
+            assert plain == 1
+        else:
+            assert (objective.weight.start, objective.weight.end) == (1, 1)
+            assert objective.weight.until == values["objective.weight.until"]
+        seen.add(objective.name)
+    assert seen == {"bdkd", "dml"}
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ('"objective.student_weight.end": tune.uniform(-1, 1)', ["objective.student_weight.end=-1.0 is not allowed"]),
+        ('"objective.student_weight.until": tune.uniform(0.5, 1.5)', ["objective.student_weight.until=1.5"]),
+        ('"objective.gate.end": tune.uniform(0, 1)', ["gate is no number that may change over training"]),
+        (
+            '"objective.student_weight": {"start": 0, "end": tune.uniform(0, 1)}',
+            ["a domain inside a section is not allowed", "objective.student_weight.end"],
+        ),
+    ],
+)
+def test_a_schedule_out_of_bounds_is_one_line(tmp_path: Path, body: str, words: list[str]) -> None:
+    with pytest.raises(UserError) as caught:
+        loaded(tmp_path, body)
+    line = str(caught.value)
+    assert "\n" not in line
+    for word in words:
+        assert word in line, line
+
+
 def test_draws_are_a_function_of_the_seed(tmp_path: Path) -> None:
     space = loaded(tmp_path, ALL_DOMAINS)
     assert space.draws(8, seed=3) == space.draws(8, seed=3)

@@ -28,6 +28,7 @@ def test_names_are_of_the_last_part_of_the_key_with_four_digits(tmp_path: Path) 
     assert space.text_of({"models.teacher": "my_nets:tiny é", "data.augment.hue": -0.5}) == (
         "teacher-my_nets_tiny_-hue--0.5"
     )
+    assert space.text_of({"objective.student_weight.end": 3.0}) == "student_weight.end-3"
     assert space.text_of({}) == ""
 
 

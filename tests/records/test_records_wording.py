@@ -16,6 +16,10 @@ from bdkd_dist.records.wording import (
 
 def test_a_key_is_called_by_its_last_part_unless_two_end_so() -> None:
     assert short_names(["objective.name", "optimizer.lr"]) == {"objective.name": "objective", "optimizer.lr": "lr"}
+    assert short_names(["objective.student_weight.end", "objective.ce_weight.end"]) == {
+        "objective.student_weight.end": "student_weight.end",
+        "objective.ce_weight.end": "ce_weight.end",
+    }
     assert list(short_names(["data.order", "train.order", "train.seed"]).values()) == [
         "data.order",
         "train.order",

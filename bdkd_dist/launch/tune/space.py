@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from bdkd_dist import config
-from bdkd_dist.config import Recipe
+from bdkd_dist.config import Recipe, last_name
 from bdkd_dist.errors import UserError, first_line, nearest, unknown
 from bdkd_dist.objectives import OBJECTIVES
 
@@ -74,7 +74,7 @@ class Space:
         if objective is None:
             return dict(values)
         own = _keys_of(objective)
-        return {key: value for key, value in values.items() if key in own or not key.startswith("objective.")}
+        return {key: value for key, value in values.items() if _parameter(key) in own or not _of_objective(key)}
 
     def text_of(self, values: Mapping[str, Any], max_len: int = 80) -> str:
         """Return values as a part of a run's name, e.g. ``nu_forward-2.103-gate-soft``; constants go without saying.
@@ -85,8 +85,7 @@ class Space:
         for key, value in values.items():
             if key in self.space and _is_constant(self.space[key]):
                 continue
-            name = key.removesuffix(".name").rpartition(".")[2]
-            longer = f"{text}-{name}-{_word(value)}".lstrip("-")
+            longer = f"{text}-{last_name(key)}-{_word(value)}".lstrip("-")
             if len(longer) > max_len:
                 break
             text = longer
@@ -250,6 +249,9 @@ def _checked_domain(key: str, value: Any) -> Any:
         if isinstance(value, Categorical):
             return tune.choice(choices)  # a value that is listed twice is drawn twice as often
         return tune.grid_search([one for index, one in enumerate(choices) if one not in choices[:index]])
+    inside = value.items() if _of_objective(key) and isinstance(value, dict) else ()
+    if part := next((name for name, one in inside if isinstance(one, Domain) or _is_grid_search(one)), None):
+        raise UserError(f"{key}: a domain inside a section is not allowed; give it a key of its own, {key}.{part}")
     if not isinstance(value, Domain):
         return _plain(value)
     if value.is_function() or not (math.isfinite(value.lower) and math.isfinite(value.upper)):
@@ -303,7 +305,7 @@ def _each(domain: Any, change: Callable[[Any], Any]) -> Any:
 
 def _objectives_of(key: str, space: Space) -> list[dict[str, Any]]:
     """Return the choices of an objective, among those of the space, under which a key means something."""
-    if key == _OBJECTIVE or _OBJECTIVE not in space.space or not key.startswith("objective."):
+    if key == _OBJECTIVE or _OBJECTIVE not in space.space or not _of_objective(key):
         return [{}]
     names = _extremes(space.space[_OBJECTIVE])
     having = [{_OBJECTIVE: name} for name in names if key in space.fitting({_OBJECTIVE: name, key: None})]
@@ -314,6 +316,15 @@ def _objectives_of(key: str, space: Space) -> list[dict[str, Any]]:
 
 def _keys_of(objective: Any) -> set[str]:
     return {f"objective.{field.name}" for field in fields(objective)}
+
+
+def _of_objective(key: str) -> bool:
+    return key.startswith("objective.")
+
+
+def _parameter(key: str) -> str:
+    """Return the key of the parameter that a key sets, or sets a part of: a schedule has parts of its own."""
+    return ".".join(key.split(".")[:2])
 
 
 def _extremes(domain: Any) -> list[Any]:
