@@ -44,6 +44,7 @@ OBJECTIVE_KEYS = {
     "sharpness": "k of the soft gate, per nat; the hard gate does not read it.",
     "teacher_term": "The teacher's divergence: KL(p_s‖p_t); KL(p_t‖p_s); the student's form, networks swapped; none.",
     "weight": "Weight of the divergence: from the teacher; from the others (their mean); from the ensemble.",
+    "past_share": "Share of a network's own prediction of the epoch before in its targets, up to 1.",
     "ensemble": "How the ensemble is made of the networks (docs/objectives.md).",
     "skew": "λ: the teacher's share in the mixture that it is compared with.",
     "head_mass": "Probability up to which the teacher's most probable classes are its head.",

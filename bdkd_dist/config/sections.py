@@ -333,6 +333,12 @@ class Recipe(Section):
                 f"objective.name={objective.name} takes {objective.max_students} student, models.students names "
                 f"{students}"
             )
+        mixed = [key for key in ("mixup_alpha", "cutmix_alpha") if getattr(self.data.augment, key)]
+        if objective.uses_past and mixed:
+            raise ValueError(
+                f"objective.name={objective.name} learns from what a network said of the same image before, and "
+                f"data.augment.{mixed[0]} mixes images; set data.augment.{mixed[0]}=0"
+            )
         if self.train.compile and self.train.gradient_shares:
             raise ValueError("train.gradient_shares does not go with train.compile; leave one of them out")
         launch = self.launch

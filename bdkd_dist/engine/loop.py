@@ -33,6 +33,7 @@ from bdkd_dist.engine.evaluate import Evaluator
 from bdkd_dist.engine.observer import EvalLog, NetworkDiagnosis, Observer, StepLog
 from bdkd_dist.engine.optim import learning_rate
 from bdkd_dist.engine.pair import build_pair
+from bdkd_dist.engine.past_predictions import PastPredictions
 from bdkd_dist.engine.patience import patiently
 from bdkd_dist.engine.stepper import Stepper
 from bdkd_dist.errors import UserError
@@ -77,6 +78,9 @@ class Trainer:
         self.appearance = Appearance.training(recipe.data, recipe.train.seed)
         self.mixing = Mixing.training(recipe.data, recipe.train.seed)
         self.pair = build_pair(recipe, device)
+        if recipe.objective.uses_past:
+            samples = int(dataset.train.indices.max()) + 1
+            self.pair.past = PastPredictions(len(self.pair.networks), samples, recipe.data.num_classes, device)
         if recipe.train.batchnorm == "sync" and self.world > 1:
             synchronise(self.pair, device, recipe.train.compile)
         self.stepper = Stepper(self.pair, recipe, device)
@@ -181,7 +185,7 @@ class Trainer:
         larger = len(self.dataset.train) % self.steps_per_epoch
         global_batch = len(self.dataset.train) // self.steps_per_epoch + (self.step_in_epoch < larger)
         lr, progress = self._learning_rate(self.step), self.step / self.total_steps
-        self._remember(self.stepper(*self._on_device(batch), lr, progress, global_batch))
+        self._remember(self.stepper(*self._on_device(batch), batch.indices, lr, progress, global_batch))
         self.step += 1
         self.step_in_epoch += 1
 
@@ -276,6 +280,8 @@ class Trainer:
     def _save(self) -> Path:
         """Checkpoint the run as it stands between two steps."""
         rows = self._read_pending()
+        if self.pair.past is not None:
+            self.pair.past.exchange()
         if not bool(torch.stack([p.isfinite().all() for p in self.pair.parameters()]).all()):
             raise Diverged(
                 f"a weight is not finite after step {self.step}, though the losses were",

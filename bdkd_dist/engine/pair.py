@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from bdkd_dist import models
 from bdkd_dist.config import Recipe
+from bdkd_dist.engine.past_predictions import PastPredictions
 from bdkd_dist.objectives import Losses, Objective
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -20,6 +21,7 @@ class Pair(nn.Module):
         networks: ``teacher`` and ``student``, or ``student_1``, ``student_2`` and so on; each takes normalised
             (B, 3, H, W) images and gives (B, K) logits. A teacher that does not learn is frozen and stays in eval mode.
         schedules: The objective's parameters that change over training; :meth:`set_progress` says when.
+        past: Where the objective uses it, what the networks said of the training samples before.
     """
 
     def __init__(
@@ -38,6 +40,7 @@ class Pair(nn.Module):
         self._scheduled = {name: torch.zeros((), dtype=torch.float64, device=device) for name in self.schedules}
         self.objective = objective.bound(self._scheduled)
         self.set_progress(0.0)
+        self.past: PastPredictions | None = None
         self.gradient_shares = gradient_shares
         if not objective.teacher_learns:
             self.networks["teacher"].requires_grad_(False)
@@ -48,19 +51,23 @@ class Pair(nn.Module):
         self.mean: Tensor
         self.std: Tensor
 
-    def forward(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Losses]:
+    def forward(self, images: Tensor, targets: Tensor, indices: Tensor | None = None) -> tuple[Tensor, Losses]:
         """Return the sum of the networks' losses, and its parts.
 
         Args:
             images: (B, H, W, 3) uint8.
             targets: (B,) int64 class indices or (B, K) soft targets.
+            indices: (B,) int64 of the samples, where :attr:`past` is kept.
         """
         logits = self.logits(images)
         teacher = logits.pop("teacher")
         students = list(logits.values())
-        losses = self.objective.compute(students, teacher, targets)
+        past = self.past.of(indices) if self.past is not None and indices is not None else None
+        losses = self.objective.compute(students, teacher, targets, past)
         if self.gradient_shares:
-            losses.diagnostics.update(self.objective.gradient_shares(students, teacher, targets))
+            losses.diagnostics.update(self.objective.gradient_shares(students, teacher, targets, past))
+        if self.past is not None and indices is not None:
+            self.past.remember(indices, torch.stack([*students, teacher]))
         return losses.student_loss + losses.teacher_loss, losses
 
     def set_progress(self, progress: float) -> None:

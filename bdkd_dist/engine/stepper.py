@@ -102,12 +102,15 @@ class Stepper:
             )
         self._update = Replayed(self._compute, self.device, "train.compile=true") if self.replayed else self._compute
 
-    def __call__(self, images: Tensor, targets: Tensor, lr: float, progress: float, global_batch: int) -> Tensor:
+    def __call__(
+        self, images: Tensor, targets: Tensor, indices: Tensor, lr: float, progress: float, global_batch: int
+    ) -> Tensor:
         """Take one step.
 
         Args:
             images: (B, H, W, 3) uint8, this rank's.
             targets: (B,) int64 class indices or (B, K) soft targets.
+            indices: (B,) int64 of the samples.
             lr: Learning rate of all networks.
             progress: Share of all steps that is done, in [0, 1], for the objective's schedules.
             global_batch: Samples of all ranks together.
@@ -119,18 +122,21 @@ class Stepper:
         set_learning_rate(self.optimizer, lr)
         self.pair.set_progress(progress)
         self._global_batch = global_batch  # on one rank it is the batch's own size, which a CUDA graph has fixed
-        return self._update(images, targets)
+        if self.pair.past is None:
+            return self._update(images, targets)
+        return self._update(images, targets, indices.to(self.device, non_blocking=True))
 
-    def _compute(self, images: Tensor, targets: Tensor) -> Tensor:
+    def _compute(self, *inputs: Tensor) -> Tensor:
+        """Take the step for images, targets and, where past predictions are kept, indices."""
         rows: list[Tensor] = []
-        sizes = self._micro_batches(len(targets))
-        parts = zip(images.split(sizes), targets.split(sizes), strict=True)
-        for number, (some_images, some_targets) in enumerate(parts, 1):
+        sizes = self._micro_batches(len(inputs[0]))
+        parts = zip(*(values.split(sizes) for values in inputs), strict=True)
+        for number, (some_images, some_targets, *some_indices) in enumerate(parts, 1):
             if self.recipe.data.resize:  # a mark is a tensor's own, not that of what it is a view of
                 torch._dynamo.maybe_mark_dynamic(some_images, (0, 1, 2))
                 torch._dynamo.maybe_mark_dynamic(some_targets, 0)
             with nullcontext() if number == len(sizes) else self._without_exchange():
-                loss, losses = self._module(some_images, some_targets)
+                loss, losses = self._module(some_images, some_targets, *some_indices)
                 # Makes the sum of micro-batches' means, averaged over ranks, the mean over the global batch.
                 weight = len(some_targets) * self.world / self._global_batch
                 self.scaler.scale(loss if weight == 1 else loss * weight).backward()
@@ -170,14 +176,17 @@ class Stepper:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what going on needs beside the networks' own states."""
-        return {
+        state = {
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "stat_names": self.names,
         }
+        return state if self.pair.past is None else state | {"past": self.pair.past.probabilities}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what :meth:`state_dict` returned, maybe on another kind of device."""
         load_optimizer(self.optimizer, state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.names = state["stat_names"]
+        if self.pair.past is not None:
+            self.pair.past.load(state["past"])

@@ -7,6 +7,7 @@ from bdkd_dist.objectives.ce import CE
 from bdkd_dist.objectives.dml import DML
 from bdkd_dist.objectives.kd import KD
 from bdkd_dist.objectives.kdcl import KDCL
+from bdkd_dist.objectives.ps_kd import PSKD
 from bdkd_dist.objectives.schedule import ParameterSchedule
 from bdkd_dist.objectives.switokd import SwitOKD
 
@@ -17,6 +18,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "dml": DML,
     "kdcl": KDCL,
     "switokd": SwitOKD,
+    "ps_kd": PSKD,
     "jeffreys": Jeffreys,
     "jsd": JSD,
     "skew": Skew,
@@ -35,6 +37,7 @@ __all__ = [
     "KD",
     "KDCL",
     "OBJECTIVES",
+    "PSKD",
     "Jeffreys",
     "Losses",
     "Objective",

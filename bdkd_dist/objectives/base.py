@@ -68,6 +68,8 @@ class Objective(ABC):
     """False where the teacher is given and frozen."""
     max_students: ClassVar[int | None] = None
     """None: any number of students."""
+    uses_past: ClassVar[bool] = False
+    """Whether networks learn from what they said of the same samples before."""
 
     name: str
 
@@ -96,7 +98,13 @@ class Objective(ABC):
             object.__setattr__(bound, name, value)
         return bound
 
-    def __call__(self, student_logits: Tensor | Sequence[Tensor], teacher_logits: Tensor, targets: Tensor) -> Losses:
+    def __call__(
+        self,
+        student_logits: Tensor | Sequence[Tensor],
+        teacher_logits: Tensor,
+        targets: Tensor,
+        past: Sequence[Tensor] | Tensor | None = None,
+    ) -> Losses:
         """Return the losses of a batch.
 
         On the CPU, and outside ``torch.compile``, values are checked too (see :meth:`check_values`); elsewhere that
@@ -107,19 +115,28 @@ class Objective(ABC):
             teacher_logits: Of the same shape.
             targets: (B,) or (B, H, W) int64 class indices; or class probabilities of the logits' shape, as mixup,
                 cutmix and label smoothing make them. Every position of a dense output counts as a sample.
+            past: Where the objective uses it: the probabilities, of the logits' shape, that each network gave these
+                samples before, the teacher's last; zeros for a sample that is seen for the first time. None: all are.
 
         Raises:
             UserError: Shapes or types do not fit together, a logit is not finite, or a target is none.
         """
         if not torch.compiler.is_compiling() and teacher_logits.device.type == "cpu":
             self.check_values(student_logits, teacher_logits, targets)
-        return self.compute(student_logits, teacher_logits, targets)
+        return self.compute(student_logits, teacher_logits, targets, past)
 
-    def compute(self, student_logits: Tensor | Sequence[Tensor], teacher_logits: Tensor, targets: Tensor) -> Losses:
+    def compute(
+        self,
+        student_logits: Tensor | Sequence[Tensor],
+        teacher_logits: Tensor,
+        targets: Tensor,
+        past: Sequence[Tensor] | Tensor | None = None,
+    ) -> Losses:
         """Return the losses of a batch without a look at any value; for the rest as a call."""
         students = self._students(student_logits, teacher_logits, targets)
         with torch.autocast(teacher_logits.device.type, enabled=False):
-            parts = self.parts([_rows(z) for z in students], _rows(teacher_logits), _target_rows(targets))
+            rows = [_rows(z) for z in (*students, teacher_logits)]
+            parts = self._parts(rows, _target_rows(targets), past)
             networks = [*parts.students, parts.teacher]
             losses = [_total(terms, teacher_logits).mean() for terms in networks]
         names = [*student_names(len(students)), "teacher"]
@@ -129,7 +146,11 @@ class Objective(ABC):
         return Losses(sum(losses[1:-1], start=losses[0]), losses[-1], diagnostics)
 
     def gradient_shares(
-        self, student_logits: Tensor | Sequence[Tensor], teacher_logits: Tensor, targets: Tensor
+        self,
+        student_logits: Tensor | Sequence[Tensor],
+        teacher_logits: Tensor,
+        targets: Tensor,
+        past: Sequence[Tensor] | Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Return how much each term pulls at a network: its share of the gradient norms at the logits.
 
@@ -140,6 +161,7 @@ class Objective(ABC):
             student_logits: As for a call.
             teacher_logits: As for a call.
             targets: As for a call.
+            past: As for a call.
 
         Returns:
             Scalars by ``network/gradient_share_term``, e.g. ``student/gradient_share_reverse``.
@@ -151,7 +173,7 @@ class Objective(ABC):
         leaves = [_rows(z).detach().requires_grad_() for z in (*students, teacher_logits)]
         shares: dict[str, Tensor] = {}
         with torch.enable_grad(), torch.autocast(teacher_logits.device.type, enabled=False):
-            parts = self.parts(leaves[:-1], leaves[-1], _target_rows(targets))
+            parts = self._parts(leaves, _target_rows(targets), past)
             names = [*student_names(len(students)), "teacher"]
             for name, terms, leaf in zip(names, [*parts.students, parts.teacher], leaves, strict=True):
                 pulls = {term: _pull(values, leaf) for term, values in terms.items()}
@@ -180,6 +202,19 @@ class Objective(ABC):
     @abstractmethod
     def parts(self, students: Sequence[Tensor], teacher: Tensor, targets: Tensor) -> Parts:
         """Return what each network minimises, for (N, K) logits in float32 or float64 whose shapes fit."""
+
+    def parts_after(
+        self, students: Sequence[Tensor], teacher: Tensor, targets: Tensor, past: Sequence[Tensor]
+    ) -> Parts:
+        """Return :meth:`parts` where ``past`` has each network's (N, K) probabilities of before, the teacher's last."""
+        raise NotImplementedError(f"{self.name} does not learn from past predictions")
+
+    def _parts(self, rows: Sequence[Tensor], targets: Tensor, past: Sequence[Tensor] | Tensor | None) -> Parts:
+        """Return the parts for all networks' (N, K) logits, the teacher's last."""
+        *students, teacher = rows
+        if past is None or not self.uses_past:
+            return self.parts(students, teacher, targets)
+        return self.parts_after(students, teacher, targets, [_rows(own) for own in past])
 
     def _students(
         self, student_logits: Tensor | Sequence[Tensor], teacher_logits: Tensor, targets: Tensor

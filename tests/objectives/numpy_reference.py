@@ -200,7 +200,7 @@ BALANCES: dict[str, Callable[[Any, Array, Array, Array, Array], Array]] = {
 def pair_terms(o: Any, z: Networks, at: Networks, targets: NDArray[Any]) -> tuple[Array, Array]:
     """What one student and the teacher minimise, (N,) each."""
     ce_s, ce_t = (cross_entropy(each, targets) for each in z.all)
-    if o.name == "ce":
+    if o.name in ("ce", "ps_kd"):  # which has seen nothing yet
         return ce_s, ce_t
     if o.name == "kd":
         q, p = softmax(z.students[0], o.temperature), softmax(at.teacher, o.temperature)

@@ -24,6 +24,7 @@ from bdkd_dist.objectives import (
     KD,
     KDCL,
     OBJECTIVES,
+    PSKD,
     Jeffreys,
     Objective,
     Skew,
@@ -134,6 +135,7 @@ NUMBERS: dict[type[Objective], dict[str, str]] = {
     DML: {"weight": ">= 0"},
     KDCL: {"temperature": "> 0", "weight": ">= 0"},
     SwitOKD: {},
+    PSKD: {"past_share": ">= 0, <= 1"},
     **{
         kind: {"temperature": "> 0", **dict.fromkeys(("ce_weight", "student_weight", "teacher_weight"), ">= 0")} | more
         for kind, more in {
@@ -162,6 +164,7 @@ def test_a_number_out_of_range_is_one_line(kind: type[Objective], field: str, al
     wrong: list[Any] = [True, -1.0, -1e-9, math.nan, math.inf, -math.inf, "much", None]
     wrong += [0, 0.0] if allowed.startswith("> 0") else []
     wrong += [1, 1.0, 1.5] if "< 1" in allowed else []
+    wrong += [1.0001, 2] if "<= 1" in allowed else []
     for value in wrong:
         assert line_of(kind, **{field: value}) == f"{field}={value} is not allowed (allowed: finite, {allowed})"
     lowest = 1e-6 if allowed.startswith("> 0") else 0.0
