@@ -5,9 +5,11 @@ import os
 import shlex
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -26,19 +28,53 @@ def header(command: str | None = None, *, threads: bool = False, packages: Seque
         packages: Further ones whose versions matter.
     """
     found = environment()
-    git, hardware, installed = found["code"]["git"] or {}, found["hardware"], found["packages"]
-    commit = git.get("commit", "?")[:7] + (" with changes" if git.get("dirty") else "")
-    machine = " and ".join(
-        [f"{hardware['cpu']}, {hardware['usable_cores']} cores", *(gpu["name"] for gpu in hardware["gpus"] or [])]
-    )
-    named = [f"{name} {installed[name]}" for name in ("torch", "ray", "ffcv") if installed[name]]
-    named += [f"{name} {version(name)}" for name in packages]
-    versions = ", ".join([f"Python {found['python']}", *named])
+    versions = ", ".join([_versions(found), *(f"{name} {version(name)}" for name in packages)])
     on_threads = f", {torch.get_num_threads()} CPU threads" if threads else ""
+    hardware = f"{_machine(found)}{on_threads}; {versions}"
     return (
-        f"date: {datetime.date.today()}   commit: {commit}   hardware: {machine}{on_threads}; {versions}\n"
+        f"date: {datetime.date.today()}   commit: {_commit(found)}   hardware: {hardware}\n"
         f"command: {typed() if command is None else command}"
     )
+
+
+def header_of(starts: Sequence[Mapping[str, Any]], command: str) -> str:
+    """Return :func:`header` of trainings that ran on several days, perhaps of several commits on several machines.
+
+    Args:
+        starts: The environment of each, as :func:`bdkd_dist.records.environment.environment` returns it.
+        command: As a person would type it.
+    """
+    days = sorted({start["started"][:10] for start in starts})
+    commits, machines = (
+        Counter(map(said, starts)) for said in (_commit, lambda start: f"{_machine(start)}; {_versions(start)}")
+    )
+    return (
+        f"date: {' to '.join(dict.fromkeys((days[0], days[-1])))}   commit: {_counted(commits, ', ')}   "
+        f"hardware: {_counted(machines, ' | ')}\ncommand: {command}"
+    )
+
+
+def _commit(found: Mapping[str, Any]) -> str:
+    git = found["code"]["git"] or {}
+    return git.get("commit", "?")[:7] + (" with changes" if git.get("dirty") else "")
+
+
+def _machine(found: Mapping[str, Any]) -> str:
+    hardware = found["hardware"]
+    gpus = [gpu["name"] for gpu in hardware["gpus"] or []]
+    return " and ".join([f"{hardware['cpu']}, {hardware['usable_cores']} cores", *gpus])
+
+
+def _versions(found: Mapping[str, Any]) -> str:
+    installed = found["packages"]
+    named = [f"{name} {installed[name]}" for name in ("torch", "ray", "ffcv") if installed[name]]
+    return ", ".join([f"Python {found['python']}", *named])
+
+
+def _counted(said: Counter[str], between: str) -> str:
+    """Return what was said, with how often where it is not all the same."""
+    counted = said.most_common()
+    return between.join(f"{one} ({n} of {said.total()} starts)" if len(counted) > 1 else one for one, n in counted)
 
 
 def typed() -> str:
