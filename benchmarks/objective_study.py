@@ -14,15 +14,13 @@ README.md and docs/.
 
 import argparse
 import dataclasses
-import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from machine import header_of
 from objective_report import NUM_SEEDS, Measured, read_record, report, starts_of
-from recorded_trainings import ROOT, OutOfTimeError, Subset, Training, end_with_children, finished, train_all
+from recorded_trainings import ROOT, Subset, Training, command_line, finished, train_all
 
 from bdkd_dist.errors import UserError, unknown
 from bdkd_dist.objectives import OBJECTIVES
@@ -217,30 +215,14 @@ ROWS = {name: row for rows in GROUPS.values() for name, row in rows.items()}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cifar100", type=Path, help="folder of CIFAR-100's Parquet shards")
     parser.add_argument("--scale", choices=SCALES, default="small")
     parser.add_argument("--rows", nargs="+", help=f"of {', '.join(ROWS)}; or groups: {', '.join(GROUPS)}")
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
-    parser.add_argument("--minutes", type=float, help="end after so long, the last half of one for checkpoints")
-    parser.add_argument("--side-by-side", type=int, help="trainings at a time")
-    parser.add_argument("--out", type=Path, default=Path("runs/objective_study"), help="folder of the runs")
-    parser.add_argument("--report", action="store_true", help="train nothing, print what the records say")
-    arguments = parser.parse_args()
-    if arguments.cifar100 is None and not arguments.report:
-        parser.error("--cifar100 FOLDER is needed, unless --report is given")
-    end_with_children()
-    try:
-        print(study(arguments))
-    except UserError as error:
-        print(error, file=sys.stderr)
-        raise SystemExit(2) from None
-    except OutOfTimeError:
-        raise SystemExit("the time is over; the same command goes on") from None
+    command_line(parser, "runs/objective_study", study)
 
 
 def study(arguments: argparse.Namespace) -> str:
     """Train what has no record, and return what the records say; raises UserError and OutOfTimeError."""
-    end = None if arguments.minutes is None else time.monotonic() + 60 * arguments.minutes
     scale, records = SCALES[arguments.scale], RECORDS / arguments.scale
     names = chosen(arguments.rows or scale.rows)
     common = scale.settings
@@ -252,7 +234,7 @@ def study(arguments: argparse.Namespace) -> str:
         # Seed by seed, so that a study that is cut has whole seeds.
         in_order = [one for of_seed in zip(*trainings.values(), strict=True) for one in of_seed]
         side_by_side = arguments.side_by_side or scale.side_by_side
-        train_all(in_order, records, arguments.out / arguments.scale, side_by_side, end)
+        train_all(in_order, records, arguments.out / arguments.scale, side_by_side, arguments.end)
     return text(scale, trainings, records, command_of(arguments))
 
 

@@ -4,6 +4,7 @@ A training whose record is there is finished and never repeated, on whatever mac
 that was cut goes on from its checkpoint in its run folder.
 """
 
+import argparse
 import io
 import json
 import os
@@ -11,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -76,7 +77,37 @@ class OutOfTimeError(Exception):
     """The time is over; the runs that were going on go on from their checkpoints."""
 
 
-def end_with_children() -> None:
+def command_line(parser: argparse.ArgumentParser, out: str, study: Callable[[argparse.Namespace], str]) -> None:
+    """Add the options that all studies have, and print what a study says.
+
+    Args:
+        parser: With the study's own options.
+        out: Its folder of runs, by default.
+        study: Trains what has no record, unless ``report`` is set, and returns what the records say.
+
+    Raises:
+        SystemExit: A mistake (status 2), or the time is over.
+    """
+    parser.add_argument("--cifar100", type=Path, help="folder of CIFAR-100's Parquet shards")
+    parser.add_argument("--minutes", type=float, help="end after so long, the last half of one for checkpoints")
+    parser.add_argument("--side-by-side", type=int, help="trainings at a time")
+    parser.add_argument("--out", type=Path, default=Path(out), help="folder of the runs")
+    parser.add_argument("--report", action="store_true", help="train nothing, print what the records say")
+    arguments = parser.parse_args()
+    if arguments.cifar100 is None and not arguments.report:
+        parser.error("--cifar100 FOLDER is needed, unless --report is given")
+    arguments.end = None if arguments.minutes is None else time.monotonic() + 60 * arguments.minutes
+    _end_with_children()
+    try:
+        print(study(arguments))
+    except UserError as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(2) from None
+    except OutOfTimeError:
+        raise SystemExit("the time is over; the same command goes on") from None
+
+
+def _end_with_children() -> None:
     """Let SIGTERM end this process as Ctrl-C does, so that what it started is asked to end, too."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
 
@@ -92,6 +123,7 @@ def train_all(
     out: Path,
     side_by_side: int,
     end: float | None = None,
+    validation_only: bool = False,
 ) -> None:
     """Train what has no record yet, so many at a time; on a CPU with one thread each.
 
@@ -104,13 +136,14 @@ def train_all(
         side_by_side: How many at a time: small networks gain nothing from more threads.
         end: By when all has stopped, by :func:`time.monotonic`. Runs are asked to stop :data:`STOP_S` before; one that
             has not is killed then, and goes on from its last checkpoint.
+        validation_only: What :func:`keep` keeps.
 
     Raises:
         OutOfTimeError: The end came first.
         UserError: What would be trained is no recipe, or a run or a record is of another one.
         SystemExit: A run failed; the others were stopped with checkpoints.
     """
-    waiting = _to_train(trainings, records, out)
+    waiting = _to_train(trainings, records, out, validation_only)
     going: dict[str, tuple[Training, subprocess.Popen[str]]] = {}
     try:
         while waiting or going:
@@ -127,7 +160,7 @@ def train_all(
                 del going[name]
                 if not finished(out / name):
                     raise SystemExit(f"{name} failed:\n{(out / f'{name}.log').read_text()[-2000:]}")
-                keep(training, out / name, records / name)
+                keep(training, out / name, records / name, validation_only)
                 print(f"{name} done, {len(waiting) + len(going)} to go", file=sys.stderr, flush=True)
     finally:
         for _, process in going.values():
@@ -136,7 +169,7 @@ def train_all(
             _wait_or_kill(process, end)
 
 
-def _to_train(trainings: Iterable[Training], records: Path, out: Path) -> list[Training]:
+def _to_train(trainings: Iterable[Training], records: Path, out: Path, validation_only: bool) -> list[Training]:
     """Return what has to run, teachers first; what is finished but was not recorded any more is recorded."""
     found: dict[str, Training] = {}
     for training in trainings:
@@ -148,7 +181,7 @@ def _to_train(trainings: Iterable[Training], records: Path, out: Path) -> list[T
                 continue
             if finished(run := out / needed.name):
                 needed.check(run)
-                keep(needed, run, records / needed.name)
+                keep(needed, run, records / needed.name, validation_only)
             else:
                 needed.recipe.to_dict()
                 found[needed.name] = needed
@@ -175,11 +208,17 @@ def _start(out: Path, training: Training) -> "subprocess.Popen[str]":
         )
 
 
-def keep(training: Training, run: Path, record: Path) -> None:
+def keep(training: Training, run: Path, record: Path, validation_only: bool = False) -> None:
     """Record a finished run, unless it is recorded: what `bdkd compare` needs of it, without paths of this machine.
 
     Of the predictions it has the most probable class, its confidence and the NLL, these to :data:`GRID`; results stay
     as they are.
+
+    Args:
+        training: What was run.
+        run: Its folder.
+        record: The record's.
+        validation_only: Leave out the test images, for who chooses by these runs must not have seen them.
     """
     if finished(record):
         return
@@ -191,11 +230,16 @@ def keep(training: Training, run: Path, record: Path) -> None:
         recipe["models"]["teacher_checkpoint"] = teacher.relative_to(ROOT).as_posix()
     starts = json.loads((run / "environment.json").read_text())
     kept = [{key: start[key] for key in OF_ENVIRONMENT} for start in starts]
-    (record / PREDICTIONS).parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(record / PREDICTIONS, _slim(run / PREDICTIONS))
+    results = json.loads((run / "results.json").read_text())
+    record.mkdir(parents=True, exist_ok=True)
+    if validation_only:
+        del results["test"]
+    else:
+        (record / PREDICTIONS).parent.mkdir(exist_ok=True)
+        atomic_write(record / PREDICTIONS, _slim(run / PREDICTIONS))
     atomic_write(record / "recipe.yaml", yaml.safe_dump(recipe, sort_keys=False).encode())
     atomic_write(record / "environment.json", json_text(kept))
-    atomic_write(record / "results.json", json_text(json.loads((run / "results.json").read_text())))  # last: finished
+    atomic_write(record / "results.json", json_text(results))  # last: finished
 
 
 def _slim(predictions: Path) -> bytes:

@@ -17,7 +17,7 @@ from bdkd_dist.objectives import OBJECTIVES
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 study = importlib.import_module("objective_study")
-machine = importlib.import_module("machine")
+trainings = importlib.import_module("recorded_trainings")
 
 RAMP = {"start": 0.0, "end": 10.0, "shape": "sigmoid", "until": 1.0}
 DEFAULTS = dataclasses.asdict(OBJECTIVES["bdkd"]())  # type: ignore[call-overload]
@@ -113,7 +113,7 @@ def test_a_mistake_is_one_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["objective_study.py", "--out", str(tmp_path), *given])
-    monkeypatch.setattr(study, "end_with_children", lambda: None)
+    monkeypatch.setattr(trainings, "_end_with_children", lambda: None)
     with pytest.raises(SystemExit) as ended:
         study.main()
     assert ended.value.code == 2
@@ -151,7 +151,7 @@ def write_record(folder: Path, name: str, seed: int, overrides: tuple[str, ...] 
 
 def printed(records: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *given: str) -> str:
     monkeypatch.setattr(study, "RECORDS", records)
-    monkeypatch.setattr(study, "end_with_children", lambda: None)
+    monkeypatch.setattr(trainings, "_end_with_children", lambda: None)
     monkeypatch.setattr(sys, "argv", ["objective_study.py", "--report", *given])
     study.main()
     return capsys.readouterr().out
@@ -190,14 +190,14 @@ def test_trainings_come_seed_by_seed(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(study, "RECORDS", tmp_path)
     monkeypatch.setattr(study.Subset, "write", lambda self, source, target: None)
 
-    def train_all(trainings: list[Any], records: Path, out: Path, side_by_side: int, end: float | None) -> None:
+    def train_all(wanted: list[Any], records: Path, out: Path, side_by_side: int, end: float | None) -> None:
         assert (records, side_by_side, end) == (tmp_path / "small", 2, None)
-        assert trainings[1].teacher.name == "ce-0"
-        asked.extend(training.name for training in trainings)
-        raise study.OutOfTimeError
+        assert wanted[1].teacher.name == "ce-0"
+        asked.extend(training.name for training in wanted)
+        raise trainings.OutOfTimeError
 
     monkeypatch.setattr(study, "train_all", train_all)
-    monkeypatch.setattr(study, "end_with_children", lambda: None)
+    monkeypatch.setattr(trainings, "_end_with_children", lambda: None)
     given = ["--cifar100", "images", "--rows", "dml", "kd", "--seeds", "0", "4", "--out", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["objective_study.py", *given])
     with pytest.raises(SystemExit, match="the same command goes on"):

@@ -128,6 +128,14 @@ def test_records_compare_and_hold_nothing_of_their_machine(trained: Path, monkey
 
 
 @pytest.mark.slow
+def test_a_record_for_a_choice_holds_no_test_images(trained: Path, tmp_path: Path) -> None:
+    trainings.keep(CE, trained / "runs/ce-0", tmp_path / "ce-0", validation_only=True)
+    assert {path.name for path in (tmp_path / "ce-0").iterdir()} == {"recipe.yaml", "environment.json", "results.json"}
+    kept, whole = (json.loads((folder / "ce-0/results.json").read_text()) for folder in (tmp_path, trained / "records"))
+    assert kept == {key: value for key, value in whole.items() if key != "test"}
+
+
+@pytest.mark.slow
 def test_what_is_recorded_is_not_repeated(trained: Path, tmp_path: Path, started: list[str]) -> None:
     trainings.train_all([CE, KD], trained / "records", tmp_path / "elsewhere", side_by_side=2)
     assert not started
