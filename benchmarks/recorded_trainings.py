@@ -183,7 +183,7 @@ def _to_train(trainings: Iterable[Training], records: Path, out: Path, validatio
                 needed.check(run)
                 keep(needed, run, records / needed.name, validation_only)
             else:
-                needed.recipe.to_dict()
+                _ = needed.recipe  # raises for a mistake now, not hours later
                 found[needed.name] = needed
     return list(found.values())
 
