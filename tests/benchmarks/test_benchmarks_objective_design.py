@@ -90,7 +90,7 @@ def ends(value: Any) -> tuple[float, float, str]:
 
 def test_runs_are_recipes_of_the_designs_levels() -> None:
     columns = study.design()
-    runs = study.trainings(study.SCALE.settings)
+    runs = study.trainings(study.SETTINGS)
     assert [run.name for run in runs] == [f"run{number:02d}" for number in range(1, 17)]
     for n, run in enumerate(runs):
         high = {letter: columns[letter][n] > 0 for letter in LETTERS}
@@ -156,7 +156,7 @@ def test_a_report_is_of_validation_images_and_waits_for_all_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     columns = study.design()
-    runs = study.trainings(study.SCALE.settings)
+    runs = study.trainings(study.SETTINGS)
     values = 0.9 - 0.04 * columns["A"] + 0.1 * columns["B"] + 0.002 * columns["A"] * columns["B"] * columns["D"]
     for run, nll in zip(runs[:-1], values, strict=False):
         write_record(tmp_path / run.name, run, nll)
