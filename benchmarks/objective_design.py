@@ -4,9 +4,9 @@
     .venv/bin/python benchmarks/objective_design.py --report > benchmarks/results/objective_design.txt
 
 FOLDER holds CIFAR-100 as Parquet shards. 16 trainings at the small scale of objective_study.py, of half its length and
-of seeds that it has none of, are a 2^(7-3) design of resolution IV (Box, Hunter and Hunter, "Statistics for Experimenters", 2005,
-chapter 6): no main effect is mixed up with another one or with an interaction of two factors, but these are with each
-other. Records are kept as the study's are, without test images; the same command goes on.
+of seeds that it has none of, are a 2^(7-3) design of resolution IV (Box, Hunter and Hunter, "Statistics for
+Experimenters", 2005, chapter 6): no main effect is mixed up with another one or with an interaction of two factors, but
+these are with each other. Records are kept as the study's are, without test images; the same command goes on.
 """
 
 import argparse

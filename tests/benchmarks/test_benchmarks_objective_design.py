@@ -105,7 +105,7 @@ def test_runs_are_recipes_of_the_designs_levels() -> None:
         assert (objective["nu_forward"], objective["nu_reverse"]) == (boost, boost)
         assert objective["temperature"] == (4 if high["D"] else 1)
         assert run.recipe.train.seed == (101 if high["G"] else 100)
-        assert run.recipe.train.epochs == 80
+        assert run.recipe.train.epochs == study.EPOCHS == 40
 
 
 def write_record(record: Path, run: Any, nll: float) -> None:
