@@ -4,10 +4,9 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from bdkd_dist.distributed import world_size
+from bdkd_dist.objectives.across_ranks import mean_across_ranks
 from bdkd_dist.objectives.base import PairParts, PairwiseObjective, watch_apart
 from bdkd_dist.objectives.divergences import cross_entropy, kl_divergence, log_probabilities
 
@@ -50,11 +49,8 @@ class SwitOKD(PairwiseObjective):
 def _teacher_waits(student: Tensor, teacher: Tensor, targets: Tensor) -> Tensor:
     """Return the scalar decision for (N, K) probabilities of both networks."""
     gap = (student - teacher).abs().sum(1)
-    values = torch.stack((gap, _distance(student, targets), _distance(teacher, targets), torch.ones_like(gap)))
-    sums = values.sum(1)
-    if world_size() > 1:
-        dist.all_reduce(sums)
-    gap_mean, student_distance, teacher_distance = (sums[:3] / sums[3]).unbind()
+    distances = (gap, _distance(student, targets), _distance(teacher, targets))
+    gap_mean, student_distance, teacher_distance = mean_across_ranks(torch.stack(distances, dim=1)).unbind()
     total = student_distance + teacher_distance
     ratio = torch.where(total > 0, teacher_distance / total, 0.5)
     threshold = student_distance - torch.exp(-ratio) * teacher_distance
