@@ -32,7 +32,7 @@ def test_rows_say_what_is_allowed_the_default_and_the_meaning() -> None:
         "| `optimizer.lr` | number > 0 | to be set | Learning rate of all networks, before the schedule's factor. |",
         "| `data.augment.flip` | `true`, `false` | `true` | Mirror left and right with probability ½. |",
         "| `launch.placement` | `pack`, `spread` | `pack` | Workers on as few nodes as possible, or on as many. |",
-        "| `objective.weight` | number or schedule | `kd`: `0.9`; `dml`, `kdcl`: `1` | Weight of the divergence: ",
+        "| `objective.weight` | number or schedule | `kd`: `0.9`; `dml`, `kdcl`, `competitive`, `mdca`: `1` | Weight ",
     ):
         assert row in tables
 

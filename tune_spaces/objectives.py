@@ -16,7 +16,10 @@ DEFAULTS = {"search": "grid", "scheduler": "none", "test": "all"}
 # KD is missing: it learns from a finished teacher, from which the others must not begin. It is a search of its own over
 # the same seeds, to be laid beside this one with `bdkd compare`; a trial of `ce` above leaves such a teacher:
 #     "objective.name": "kd", "models.teacher_checkpoint": "RUN FOLDER", "train.seed": tune.grid_search([0, 1, 2])
-OBJECTIVES = ["bdkd", "ce", "dml", "kdcl", "switokd", "ps_kd", "jeffreys", "jsd", "skew", "akl", "abkd"]
+OBJECTIVES = [
+    *("bdkd", "ce", "dml", "kdcl", "switokd", "competitive", "ps_kd", "focal", "mdca"),
+    *("jeffreys", "jsd", "skew", "akl", "abkd"),
+]
 
 
 def search_space() -> dict[str, Any]:

@@ -304,6 +304,14 @@ def watch_apart(
     )
 
 
+def watch_students(logs: Sequence[Tensor], targets: Tensor) -> dict[str, Tensor]:
+    """Return :func:`watch_apart` of each student, for all networks' log-probabilities, the teacher's last."""
+    watched: dict[str, Tensor] = {}
+    for name, log_student in zip(student_names(len(logs) - 1), logs[:-1], strict=True):
+        watched |= watch_apart(log_student, logs[-1], targets, name)
+    return watched
+
+
 def check_word(field: str, value: str, allowed: tuple[str, ...]) -> None:
     """Raise UserError unless a parameter is one of the allowed words."""
     if value not in allowed:

@@ -172,6 +172,24 @@ def test_two_and_four_ranks_equal_one_unless_batch_norm_is_local(tmp_path: Path)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("objective", ["mdca", "competitive"])
+def test_two_ranks_decide_over_the_whole_batch_as_one(tmp_path: Path, objective: str) -> None:
+    settings = [
+        "optimizer.lr=0.002",
+        f"objective.name={objective}",
+        "objective.weight=10",
+        "train.gradient_shares=true",
+    ]
+    one, two = (final_state(tmp_path / str(world), world, *settings) for world in (1, 2))
+    weightless = final_state(tmp_path / "ce", 1, *settings, "objective.weight=0")
+    for role, weights in one["networks"].items():
+        for key, value in weights.items():
+            torch.testing.assert_close(two["networks"][role][key], value, rtol=1e-3, atol=1e-4)
+    students = one["networks"]["student"], weightless["networks"]["student"]
+    assert not all(torch.allclose(students[0][key], students[1][key], rtol=1e-3, atol=1e-4) for key in students[0])
+
+
+@pytest.mark.slow
 def test_two_ranks_augment_and_mix_as_one(tmp_path: Path) -> None:
     augment = ["rand_ops=1", "brightness=0.4", "hue=0.1", "cutout_px=3", "mixup_alpha=0.4", "cutmix_alpha=1"]
     settings = ["optimizer.lr=0.002", "objective.gate=soft", *(f"data.augment.{key}" for key in augment)]

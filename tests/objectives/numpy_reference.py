@@ -1,9 +1,10 @@
 """Every objective in plain NumPy float64, written from the formulas and the papers, not from the package.
 
 Shapes: a network's logits are (N, K); targets are (N,) class indices or (N, K) probabilities. p is the teacher, q the
-student. Sources beyond the papers: the authors' code of SwitOKD (hfutqian/SwitOKD), AKL (wutaiqiang/LLM_KD_AKL) and
-ABKD (ghwang-s/abkd); for ABKD's limits Cichocki, Cruces and Amari 2011, "Generalized Alpha-Beta Divergences" (the
-authors' code divides by β there, not by β², which is no limit of their general case).
+student. Sources beyond the papers: the authors' code of SwitOKD (hfutqian/SwitOKD), AKL (wutaiqiang/LLM_KD_AKL), ABKD
+(ghwang-s/abkd), FLSD-53 (torrvision/focal_calibration) and MDCA (mdca-loss/MDCA-Calibration); for ABKD's limits
+Cichocki, Cruces and Amari 2011, "Generalized Alpha-Beta Divergences" (the authors' code divides by β there, not by β²,
+which is no limit of their general case).
 
 What an objective holds fixed (gates, shares, the ensemble, the decision to wait, the other networks) is taken from
 logits of its own, ``at``, so that a complex step through the rest gives the gradient to the last digit.
@@ -187,6 +188,26 @@ def switokd_teacher_waits(z_s: Array, z_t: Array, targets: NDArray[Any]) -> bool
     return bool(gap > threshold and b < a)
 
 
+def focal(o: Any, p: Array, fixed_p: Array, y: Array) -> Array:
+    rest = p @ (1 - np.eye(p.shape[1]))  # 1 − p as a sum, which keeps its digits
+    gamma = np.where(fixed_p < o.threshold, o.gamma_low, o.gamma_high)
+    return -(y * rest**gamma * np.log(p)).sum(axis=1)
+
+
+def mdca(p: Array, y: Array) -> float:
+    """The paper's definition, which is no mean over samples."""
+    return float(np.abs(p.mean(axis=0) - y.mean(axis=0)).mean())
+
+
+def mdca_by_sample(p: Array, fixed_p: Array, y: Array) -> Array:
+    """What each sample adds to it, (N,): its mean is the definition's value, its slope the definition's slope."""
+    return (np.sign((fixed_p - y).mean(axis=0)) * (p - y)).mean(axis=1)
+
+
+def competition_winner(networks: Sequence[Array], targets: NDArray[Any]) -> int:
+    return int(np.argmin([cross_entropy(z, targets).mean() for z in networks]))
+
+
 # D(p, q) of the other balances; the third and fourth arguments are the same at the fixed logits.
 BALANCES: dict[str, Callable[[Any, Array, Array, Array, Array], Array]] = {
     "jeffreys": lambda o, p, q, fixed_p, fixed_q: jeffreys(p, q),
@@ -233,6 +254,19 @@ def network_losses(o: Any, z: Networks, targets: NDArray[Any], at: Networks | No
         together = softmax(ensemble(o.ensemble, at.all, targets), o.temperature)
         scale = o.weight * o.temperature**2
         return [cross_entropy(own, targets) + scale * kl(together, softmax(own, o.temperature)) for own in z.all]
+    y = one_hot(targets, z.teacher.shape[1])
+    alone = [(own, softmax(own), softmax(fixed)) for own, fixed in zip(z.all, at.all, strict=True)]
+    if o.name == "focal":
+        return [focal(o, p, fixed_p, y) for _, p, fixed_p in alone]
+    if o.name == "mdca":
+        return [cross_entropy(own, targets) + o.weight * mdca_by_sample(p, fixed_p, y) for own, p, fixed_p in alone]
+    if o.name == "competitive":
+        winner, tau = competition_winner(at.all, targets), o.temperature
+        best, scale = softmax(at.all[winner], tau), o.weight * tau**2
+        return [
+            cross_entropy(own, targets) + (0 if i == winner else scale * kl(best, softmax(own, tau)))
+            for i, own in enumerate(z.all)
+        ]
     pairs = [
         pair_terms(o, Networks([s], z.teacher), Networks([fixed], at.teacher), targets)
         for s, fixed in zip(z.students, at.students, strict=True)
@@ -275,6 +309,12 @@ def diagnostics(o: Any, z: Networks, targets: NDArray[Any]) -> dict[str, float]:
             found |= {f"{name}/boosted_forward": np.mean(h_t > h), f"{name}/boosted_reverse": np.mean(h > h_t)}
     if o.name == "kdcl":
         found["ensemble/ce"] = cross_entropy(ensemble(o.ensemble, z.all, targets), targets).mean()
+    if o.name == "mdca":
+        y = one_hot(targets, p.shape[1])
+        found |= {f"{name}/mdca": mdca(softmax(own), y) for name, own in zip(names, z.all, strict=True)}
+    if o.name == "competitive":
+        winner = names[competition_winner(z.all, targets)]
+        found |= {f"{name}/teaches": float(name == winner) for name in names}
     if o.name == "switokd":
         found["teacher/paused"] = float(switokd_teacher_waits(*z.all, targets))
     return found

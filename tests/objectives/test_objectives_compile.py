@@ -100,7 +100,7 @@ class Pair(nn.Module):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["bdkd", "kd", "kdcl_min_logit", "switokd", "akl"])
+@pytest.mark.parametrize("name", ["bdkd", "kd", "kdcl_min_logit", "switokd", "competitive", "focal", "mdca", "akl"])
 def test_an_objective_compiles_inside_a_module_with_both_networks(name: str) -> None:
     pair = Pair(EVERY[name])
     x, targets = torch.randn(12, 5, generator=torch.Generator().manual_seed(0)), torch_batch()[2]

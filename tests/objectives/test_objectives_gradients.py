@@ -21,7 +21,23 @@ from objective_cases import (
 )
 from torch import Tensor
 
-from bdkd_dist.objectives import ABKD, AKL, BDKD, CE, DML, JSD, KD, KDCL, Jeffreys, Objective, Skew, SwitOKD
+from bdkd_dist.objectives import (
+    ABKD,
+    AKL,
+    BDKD,
+    CE,
+    DML,
+    JSD,
+    KD,
+    KDCL,
+    MDCA,
+    Competitive,
+    Focal,
+    Jeffreys,
+    Objective,
+    Skew,
+    SwitOKD,
+)
 
 
 @every_variant
@@ -115,6 +131,20 @@ def test_the_gradients_of_the_two_directions_are_the_formulas() -> None:
     expected.append((JSD(), q - one_hot + half, p - one_hot - forward))
     head = reference.head_share(p, q, 0.5)[:, None]
     expected.append((AKL(), q - one_hot + head * forward + (1 - head) * reverse, p - one_hot - forward))
+    # ∂L/∂z_k = ∂L/∂p_y·p_y·(δ_ky − p_k), L = −(1 − p_y)^γ·log p_y
+    slopes = []
+    for each in (q, p):
+        of_target = each[np.arange(16), y]
+        gamma = np.where(of_target < 0.2, 5, 3)
+        by_p = gamma * (1 - of_target) ** (gamma - 1) * np.log(of_target) - (1 - of_target) ** gamma / of_target
+        slopes.append((by_p * of_target)[:, None] * (one_hot - each))
+    expected.append((Focal(), *slopes))
+    # ∂(1/K·Σ_j s_j·p_j)/∂z_k = p_k·(s_k − Σ_j s_j·p_j)/K
+    signs = [np.sign((each - one_hot).mean(axis=0)) for each in (q, p)]
+    pulls = [each * (s - (each @ s)[:, None]) / 7 for each, s in zip((q, p), signs, strict=True)]
+    expected.append((MDCA(weight=3), q - one_hot + 3 * pulls[0], p - one_hot + 3 * pulls[1]))
+    assert reference.competition_winner(z.all, y) == 1
+    expected.append((Competitive(weight=2), q - one_hot + 2 * forward, p - one_hot))
     for objective, by_student, by_teacher in expected:
         found_student, found_teacher = gradients_of(objective, z, y)
         np.testing.assert_allclose(16 * found_student, by_student, atol=1e-13, err_msg=repr(objective))
@@ -190,6 +220,8 @@ def by_hand(z: Networks, y: np.ndarray) -> list[tuple[Objective, dict[str, float
             shares(ce=ce_s, divergence=3 * norms(forward + backward)),
             shares(ce=ce_t, forward=norms(forward)),
         ),
+        (Focal(), {"focal": 1.0}, {"focal": 1.0}),
+        (Competitive(weight=2), shares(ce=ce_s, winner=2 * norms(forward)), {"ce": 1.0, "winner": 0.0}),
         (
             gated,
             shares(ce=0.7 * ce_s, forward=1.5 * norms(w_f * forward), reverse=1.5 * norms(w_r * backward)),
@@ -200,7 +232,7 @@ def by_hand(z: Networks, y: np.ndarray) -> list[tuple[Objective, dict[str, float
     ]
 
 
-@pytest.mark.parametrize("index", range(7))
+@pytest.mark.parametrize("index", range(9))
 def test_gradient_shares_equal_those_worked_by_hand(index: int) -> None:
     z, y = batch()
     objective, student, teacher = by_hand(z, y)[index]

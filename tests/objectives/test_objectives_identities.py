@@ -8,10 +8,29 @@ import numpy_reference as reference
 import pytest
 import torch
 from numpy_reference import Networks
-from objective_cases import batch, every_variant, leaves, losses_of, scalars, tolerance
+from objective_cases import VARIANTS, batch, every_variant, gradients_of, leaves, losses_of, scalars, tolerance
 from scipy.special import expit
 
-from bdkd_dist.objectives import ABKD, AKL, BDKD, CE, DML, JSD, KD, KDCL, Jeffreys, Losses, Objective, Skew, SwitOKD
+from bdkd_dist.objectives import (
+    ABKD,
+    AKL,
+    BDKD,
+    CE,
+    DML,
+    JSD,
+    KD,
+    KDCL,
+    MDCA,
+    OBJECTIVES,
+    PSKD,
+    Competitive,
+    Focal,
+    Jeffreys,
+    Losses,
+    Objective,
+    Skew,
+    SwitOKD,
+)
 from bdkd_dist.objectives.divergences import alpha_beta
 
 # Worked out with 40 digits of mpmath (bdkd's of decimal) from the formulas, apart from torch, NumPy and the package:
@@ -35,6 +54,9 @@ FROZEN: list[tuple[Objective, float, float]] = [
     (KD(), 1.41025940103113769, 0.0),
     (DML(weight=0.5), 2.07701610843714967, 0.858026789329883525),
     (SwitOKD(), 2.53675797544356746, 0.0),  # G = 1.11 > δ = 1.02 and b = 0.47 < a = 1.39: the teacher waits
+    (Competitive(temperature=2, weight=0.5), 2.26039421575280437, 0.304326689103181604),
+    (Focal(), 0.969653814082792051, 0.0276307576535828034),
+    (MDCA(weight=2), 1.99536552702689274, 0.485849279635557161),
     (Jeffreys(temperature=2), 4.27983943967910858, 1.68065193870741335),
     (JSD(student_weight=3), 2.2546227402310653, 1.41172688955658545),
     (Skew(), 2.30235476843700743, 1.41172688955658545),
@@ -96,7 +118,13 @@ def test_the_order_of_classes_and_samples_does_not_matter(objective: Objective, 
     close(losses_of(objective, z, y), losses_of(objective, mixed, targets), max(tolerance(objective), 1e-10))
 
 
-@every_variant
+NETWORKS_ALONE = {"focal", "mdca"}
+"""Objectives by which no network learns from another, and which are not cross-entropy."""
+
+LEARN_FROM_OTHERS = {name: objective for name, objective in VARIANTS.items() if objective.name not in NETWORKS_ALONE}
+
+
+@pytest.mark.parametrize("objective", LEARN_FROM_OTHERS.values(), ids=LEARN_FROM_OTHERS)
 def test_networks_that_agree_have_no_divergence(objective: Objective) -> None:
     z, y = batch()
     same = Networks([z.teacher], z.teacher + 3)
@@ -273,7 +301,59 @@ def test_the_teacher_of_kd_has_no_loss_and_no_gradient() -> None:
     assert student.grad is not None
     assert teacher.grad is None
     assert not KD.teacher_learns
-    assert all(kind.teacher_learns for kind in (BDKD, CE, DML, KDCL, SwitOKD, Jeffreys, JSD, Skew, AKL, ABKD))
+    assert all(kind.teacher_learns for kind in OBJECTIVES.values() if kind is not KD)
+
+
+@pytest.mark.parametrize("objective", [CE(), PSKD(past_share=0.3), Focal(), MDCA()])
+def test_networks_alone_do_not_look_at_each_other(objective: Objective) -> None:
+    z, y = batch()
+    other, _ = batch(1)
+    ours, others = losses_of(objective, z, y), losses_of(objective, Networks(z.students, other.teacher), y)
+    assert ours.student_loss == others.student_loss
+    assert ours.teacher_loss != others.teacher_loss
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_a_focal_loss_without_gamma_is_cross_entropy(soft: bool) -> None:
+    for z, y in (batch(soft=soft), batch(3, scale=1e4, soft=soft)):
+        close(losses_of(Focal(gamma_low=0, gamma_high=0), z, y), losses_of(CE(), z, y), 1e-15)
+        expected = gradients_of(CE(), z, y)
+        for found, each in zip(gradients_of(Focal(gamma_low=0, gamma_high=0), z, y), expected, strict=True):
+            np.testing.assert_allclose(found, each, rtol=0, atol=1e-16)
+
+
+def test_a_focal_loss_takes_its_gamma_by_the_targets_probability() -> None:
+    # Targets of 0.1, 0.2 to the bit and 0.6; a probability of the threshold itself has the lower γ.
+    p = np.array([[0.1, 0.9], [0.2, 0.8], [0.6, 0.4]])
+    z = torch.tensor(p).log()
+    threshold = float(torch.log_softmax(z, 1)[1, 0].exp())
+    losses = Focal(gamma_low=4, gamma_high=1.5, threshold=threshold)(z, z, torch.tensor([0, 0, 0]))
+    expected = [-(0.9**4) * math.log(0.1), -(0.8**1.5) * math.log(0.2), -(0.4**1.5) * math.log(0.6)]
+    assert losses.student_loss.item() == pytest.approx(sum(expected) / 3, rel=1e-13)
+
+
+def test_mdca_has_the_slope_of_its_definition() -> None:
+    # Of the mean over the batch, in which samples stand together: one logit at a time, by central differences.
+    z, y = batch(7, samples=5, classes=4)
+    one_hot, step = np.eye(4)[y], 1e-6
+    numeric = np.empty_like(z.teacher)
+    for i, k in np.ndindex(numeric.shape):
+        move = np.zeros_like(z.teacher)
+        move[i, k] = step
+        above, below = (reference.mdca(reference.softmax(z.teacher + sign * move), one_hot) for sign in (1, -1))
+        numeric[i, k] = (above - below) / (2 * step)
+    found = gradients_of(MDCA(weight=1), z, y)[1] - gradients_of(CE(), z, y)[1]
+    np.testing.assert_allclose(found, numeric, atol=1e-9)
+    assert np.abs(numeric).max() > 1e-3
+
+
+def test_only_the_winner_of_a_competition_learns_from_labels_alone() -> None:
+    z, y = batch(5, students=2)
+    ce = [reference.cross_entropy(own, y).mean() for own in z.all]
+    found = losses_of(Competitive(), z, y).diagnostics
+    for name, own in zip(("student_1", "student_2", "teacher"), ce, strict=True):
+        assert found[f"{name}/teaches"] == (own == min(ce))
+        assert (found[f"{name}/loss"].item() == pytest.approx(own, rel=1e-13)) == (own == min(ce))
 
 
 def test_the_balanced_teacher_term_weights_by_the_teachers_entropy() -> None:

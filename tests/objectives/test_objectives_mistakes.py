@@ -23,8 +23,11 @@ from bdkd_dist.objectives import (
     JSD,
     KD,
     KDCL,
+    MDCA,
     OBJECTIVES,
     PSKD,
+    Competitive,
+    Focal,
     Jeffreys,
     Objective,
     Skew,
@@ -135,7 +138,10 @@ NUMBERS: dict[type[Objective], dict[str, str]] = {
     DML: {"weight": ">= 0"},
     KDCL: {"temperature": "> 0", "weight": ">= 0"},
     SwitOKD: {},
+    Competitive: {"temperature": "> 0", "weight": ">= 0"},
     PSKD: {"past_share": ">= 0, <= 1"},
+    Focal: {"gamma_low": ">= 0", "gamma_high": ">= 0", "threshold": ">= 0, <= 1"},
+    MDCA: {"weight": ">= 0"},
     **{
         kind: {"temperature": "> 0", **dict.fromkeys(("ce_weight", "student_weight", "teacher_weight"), ">= 0")} | more
         for kind, more in {

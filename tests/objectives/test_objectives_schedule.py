@@ -103,7 +103,13 @@ def test_numbers_that_a_device_holds_give_the_same_as_pythons(objective: Objecti
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["bdkd_soft_balanced", "kd", "dml", "kdcl_min_logit", "jeffreys_warm", "abkd"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("bdkd_soft_balanced", "kd", "dml", "kdcl_min_logit", "competitive_warm", "focal_gentle", "mdca_heavy"),
+        *("jeffreys_warm", "abkd"),
+    ],
+)
 def test_new_values_need_no_new_graph(name: str) -> None:
     objective, values = bound(VARIANTS[name])
     graphs = []

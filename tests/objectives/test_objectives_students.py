@@ -13,7 +13,9 @@ from bdkd_dist.objectives.kdcl import _mixing
 
 SEVERAL = {name: objective for name, objective in VARIANTS.items() if several(objective)}
 every_of_several = pytest.mark.parametrize("objective", SEVERAL.values(), ids=SEVERAL)
-PAIRWISE = {name: objective for name, objective in SEVERAL.items() if objective.name not in ("dml", "kdcl")}
+PAIRWISE = {
+    name: objective for name, objective in SEVERAL.items() if objective.name not in ("dml", "kdcl", "competitive")
+}
 
 
 @every_of_several

@@ -14,7 +14,24 @@ from hypothesis import strategies as st
 from numpy_reference import Networks
 from objective_cases import batch, every_variant, losses_of, scalars, tolerance
 
-from bdkd_dist.objectives import ABKD, AKL, BDKD, CE, DML, JSD, KD, KDCL, Jeffreys, Losses, Objective, Skew, SwitOKD
+from bdkd_dist.objectives import (
+    ABKD,
+    AKL,
+    BDKD,
+    CE,
+    DML,
+    JSD,
+    KD,
+    KDCL,
+    MDCA,
+    Competitive,
+    Focal,
+    Jeffreys,
+    Losses,
+    Objective,
+    Skew,
+    SwitOKD,
+)
 
 BATCHES = [(1, 2, 2.0), (16, 7, 2.0), (5, 40, 4.0), (8, 5, 0.1)]  # samples, classes, scale
 
@@ -70,6 +87,9 @@ objectives = st.one_of(
     st.builds(DML, weight=weight),
     st.builds(KDCL, ensemble=st.sampled_from(["min_logit", "naive"]), temperature=positive, weight=weight),
     st.just(SwitOKD()),
+    st.builds(Competitive, temperature=positive, weight=weight),
+    st.builds(Focal, gamma_low=positive, gamma_high=weight, threshold=st.floats(0, 1)),
+    st.builds(MDCA, weight=weight),
     st.builds(Jeffreys, **both),
     st.builds(JSD, **both),
     st.builds(Skew, **both, skew=st.floats(0, 0.99)),
@@ -138,6 +158,13 @@ BY_HAND: list[tuple[Objective, float, float]] = [
     (KDCL(ensemble="linear", temperature=1), STUDENT_CE + FORWARD, TEACHER_CE),
     # G = 1/2, a = 1, b = 1/2, δ = 1 − e^(−1/3)/2 = 0.64 > G: both learn.
     (SwitOKD(), STUDENT_CE + FORWARD, TEACHER_CE + REVERSE),
+    # The teacher has the lower cross-entropy.
+    (Competitive(), STUDENT_CE + FORWARD, TEACHER_CE),
+    (Focal(), STUDENT_CE / 2**3, TEACHER_CE / 4**3),
+    (Focal(threshold=0.6), STUDENT_CE / 2**5, TEACHER_CE / 4**3),
+    (Focal(gamma_low=1, gamma_high=0.5, threshold=0.5), STUDENT_CE / 2**0.5, TEACHER_CE / 2),
+    # Off by 1/2 and by 1/4 in both classes.
+    (MDCA(weight=3), STUDENT_CE + 3 / 2, TEACHER_CE + 3 / 4),
     (Jeffreys(), STUDENT_CE + FORWARD + REVERSE, TEACHER_CE + REVERSE),
     (JSD(), STUDENT_CE + MIDDLE, TEACHER_CE + REVERSE),
     # λp_t + (1−λ)p_s = (5/8, 3/8) at λ = 1/2
@@ -179,6 +206,27 @@ def test_the_teacher_of_switokd_waits_when_it_is_far_ahead() -> None:
     assert SwitOKD()(teacher, student, torch.tensor([0])).diagnostics["teacher/paused"] == 0
 
 
+def test_the_student_of_a_competition_teaches_where_it_does_better() -> None:
+    # Cross-entropies ln 2 and (ln 4/3 + ln 4)/2 = ln(4/√3) > ln 2.
+    student, teacher = torch.zeros(2, 2).double(), torch.tensor([[math.log(3), 0.0]] * 2, dtype=torch.float64)
+    losses = Competitive()(student, teacher, torch.tensor([0, 1]))
+    assert losses.student_loss.item() == pytest.approx(math.log(2), rel=1e-15)
+    assert losses.teacher_loss.item() == pytest.approx(math.log(4 / 3**0.5) + REVERSE, rel=1e-14)
+    assert losses.diagnostics["student/teaches"] == 1
+    assert losses.diagnostics["teacher/teaches"] == 0
+
+
+def test_errors_of_opposite_sign_cancel_in_mdca() -> None:
+    # The teacher says (3/4, 1/4) of both samples, whose targets are 0, 1: its mean is off by 1/4 in both classes,
+    # though it is off by 1/4 and 3/4 sample by sample. The student says (1/2, 1/2), which is right on the mean.
+    student, teacher = torch.zeros(2, 2).double(), torch.tensor([[math.log(3), 0.0]] * 2, dtype=torch.float64)
+    losses = MDCA(weight=8)(student, teacher, torch.tensor([0, 1]))
+    assert losses.student_loss.item() == pytest.approx(math.log(2), rel=1e-15)
+    assert losses.teacher_loss.item() == pytest.approx(math.log(4 / 3**0.5) + 8 / 4, rel=1e-14)
+    assert losses.diagnostics["student/mdca"].item() == 0
+    assert losses.diagnostics["teacher/mdca"].item() == pytest.approx(1 / 4, rel=1e-15)
+
+
 def test_both_sides_of_every_choice_occur_in_the_batches() -> None:
     z, y = batch(7)
     found = losses_of(BDKD(), z, y).diagnostics
@@ -196,6 +244,10 @@ def test_both_sides_of_every_choice_occur_in_the_batches() -> None:
         for made, made_targets in (batch(7, *shape) for shape in BATCHES)
     }
     assert paused == {False, True}
+    made = [batch(7, *shape) for shape in BATCHES]
+    assert {reference.competition_winner(z.all, y) for z, y in made} == {0, 1}
+    unsure = [reference.softmax(z.teacher)[range(len(y)), y] < Focal().threshold for z, y in made]
+    assert 0 < np.concatenate(unsure).mean() < 1
 
 
 def test_losses_are_a_named_triple_of_scalars() -> None:
