@@ -126,6 +126,8 @@ def test_changing_the_objective_drops_the_former_ones_parameters(tmp_path: Path)
         (["train.epochs"], ["train.epochs", "key=value"]),
         (["train.epochs=many"], ["train.epochs=many", "integer"]),
         (["train.epochs=0"], ["train.epochs=0", "greater than or equal to 1"]),
+        (["train.label_smoothing=1"], ["train.label_smoothing=1", "less than 1"]),
+        (["train.label_smoothing=-0.1"], ["train.label_smoothing=-0.1", "greater than or equal to 0"]),
         (["train.precision=fp8"], ["train.precision=fp8", "'fp32', 'bf16' or 'fp16'"]),
         (["objective.name=bdkdd"], ["objective.name", "bdkdd", "did you mean 'bdkd'", "dml"]),
         (["objective.nu_revers=3"], ["objective.nu_revers", "did you mean 'objective.nu_reverse'"]),

@@ -226,6 +226,8 @@ class Train(Section):
     step (batch statistics are then those of the parts). For few workers with little memory."""
     seed: int = Field(0, ge=0, lt=2**63)
     """Decides initial weights, order and augmentation; which images are held out does not depend on it."""
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    """Training targets of any objective become (1 - x)·y + x/K, after mixup and cutmix (Szegedy et al. 2016)."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Autocast type of the networks (``fp16`` with a gradient scaler); losses are float32 in any case, and so are the
     networks when a run's results are measured."""

@@ -16,6 +16,7 @@ from bdkd_dist.data.augment import CUTMIX_COLUMN_DRAW, CUTMIX_ROW_DRAW, MIX_KIND
 from bdkd_dist.data.image_ops import in_boxes, on_device
 from bdkd_dist.data.order import Indices
 from bdkd_dist.data.randomness import uniform
+from bdkd_dist.data.targets import one_hot
 
 if TYPE_CHECKING:
     from bdkd_dist.config import Data
@@ -85,7 +86,7 @@ class Mixing:
             mixed = others.float().lerp_(images.float(), weights).round_().to(torch.uint8)
         else:
             mixed = torch.where(boxes, others, images)
-        targets = (labels[:, None] == torch.arange(num_classes, device=device)).float()
+        targets = one_hot(labels, num_classes)
         return mixed, torch.lerp(targets[partners], targets, shares[:, None])
 
     def mixes(self, samples: Indices, epoch: int, height: int, width: int) -> Mixes:

@@ -25,6 +25,7 @@ from bdkd_dist.data.order import (
     rank_batches,
     rank_shard,
 )
+from bdkd_dist.data.targets import smoothed
 from bdkd_dist.engine.batchnorm import synchronise
 from bdkd_dist.engine.checkpoint import Checkpoints, load_teacher
 from bdkd_dist.engine.control import Control, Wish
@@ -177,7 +178,9 @@ class Trainer:
         images = batch.images.to(self.device, non_blocking=True)
         labels = batch.labels.to(self.device, non_blocking=True)
         images = self.appearance(images, batch.indices, self.epoch)
-        return self.mixing(images, labels, batch.indices, self.epoch, self.recipe.data.num_classes)
+        classes = self.recipe.data.num_classes
+        images, targets = self.mixing(images, labels, batch.indices, self.epoch, classes)
+        return images, smoothed(targets, self.recipe.train.label_smoothing, classes)
 
     def _train_step(self, batch: Batch) -> None:
         # Dropout draws from (seed, step, rank), so no generator's state has to be kept.
