@@ -6,7 +6,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from bdkd_dist.objectives.base import Objective, Parts, Terms, student_names, watch_apart
+from bdkd_dist.objectives.base import Objective, Parts, Terms, watch_students
 from bdkd_dist.objectives.divergences import cross_entropy, kl_divergence, log_probabilities
 from bdkd_dist.objectives.schedule import Number, check_number, value
 
@@ -32,10 +32,7 @@ class DML(Objective):
         """See :meth:`~bdkd_dist.objectives.base.Objective.parts`."""
         logs = [log_probabilities(logits) for logits in (*students, teacher)]
         terms = [self._terms(logs, index, targets) for index in range(len(logs))]
-        watched: dict[str, Tensor] = {}
-        for name, log_student in zip(student_names(len(students)), logs[:-1], strict=True):
-            watched |= watch_apart(log_student, logs[-1], targets, name)
-        return Parts(terms[:-1], terms[-1], watched)
+        return Parts(terms[:-1], terms[-1], watch_students(logs, targets))
 
     def _terms(self, logs: list[Tensor], index: int, targets: Tensor) -> Terms:
         own, others = logs[index], logs[:index] + logs[index + 1 :]

@@ -7,7 +7,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from bdkd_dist.objectives.base import Objective, Parts, check_word, student_names, watch_apart
+from bdkd_dist.objectives.base import Objective, Parts, check_word, watch_students
 from bdkd_dist.objectives.divergences import cross_entropy, kl_divergence, log_probabilities
 from bdkd_dist.objectives.schedule import Number, check_number, value
 
@@ -59,10 +59,8 @@ class KDCL(Objective):
             }
             for z, log_p in zip(networks, logs, strict=True)
         ]
-        watched = {"ensemble/ce": cross_entropy(log_probabilities(together), targets)}
-        for name, log_student in zip(student_names(len(students)), logs[:-1], strict=True):
-            watched |= watch_apart(log_student, logs[-1], targets, name)
-        return Parts(terms[:-1], terms[-1], watched)
+        ensemble = {"ensemble/ce": cross_entropy(log_probabilities(together), targets)}
+        return Parts(terms[:-1], terms[-1], ensemble | watch_students(logs, targets))
 
     def _ensemble(self, networks: Tensor, targets: Tensor) -> Tensor:
         """Return (N, K) logits of the ensemble of (M, N, K) logits."""

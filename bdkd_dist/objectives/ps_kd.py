@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from bdkd_dist.objectives.base import Objective, Parts, Terms, student_names, watch_apart
+from bdkd_dist.objectives.base import Objective, Parts, Terms, watch_students
 from bdkd_dist.objectives.divergences import cross_entropy, log_probabilities
 from bdkd_dist.objectives.schedule import Number, ParameterSchedule, check_number, value
 
@@ -48,10 +48,7 @@ class PSKD(Objective):
         """See :meth:`~bdkd_dist.objectives.base.Objective.parts_after`."""
         logs = [log_probabilities(logits) for logits in (*students, teacher)]
         terms = [self._terms(log_p, targets, own.to(log_p.dtype)) for log_p, own in zip(logs, past, strict=True)]
-        watched: dict[str, Tensor] = {}
-        for name, log_student in zip(student_names(len(students)), logs[:-1], strict=True):
-            watched |= watch_apart(log_student, logs[-1], targets, name)
-        return Parts(terms[:-1], terms[-1], watched)
+        return Parts(terms[:-1], terms[-1], watch_students(logs, targets))
 
     def _terms(self, log_p: Tensor, targets: Tensor, past: Tensor) -> Terms:
         share = value(self.past_share) * (past.sum(1) > 0).to(log_p.dtype)
