@@ -13,8 +13,13 @@ help:   ## what can be made
 setup:  ## make this machine ready (system packages for FFCV, .venv)
 	@cluster/setup_node.sh
 
-demo: setup  ## train the default recipe to the end
-	@$(BIN)/bdkd train digits
+demo: setup  ## a student alone, its twin with BD-KD, and the two compared
+	@printf '\n[demo] 1 of 3: a teacher and a student that learn from 40 digits, each alone\n'
+	@$(BIN)/bdkd train digits_few objective.name=ce run.name=digits_alone
+	@printf '\n[demo] 2 of 3: the same networks, images and steps with BD-KD\n'
+	@$(BIN)/bdkd train digits_few run.name=digits_bdkd
+	@printf '\n[demo] 3 of 3: both on the same 359 test images\n'
+	@$(BIN)/bdkd compare runs/digits_alone runs/digits_bdkd --out runs/digits_comparison
 
 check: setup  ## lint, types and the fast tests, for the daily loop
 	@$(BIN)/ruff format --check --quiet . && $(BIN)/ruff check --quiet .

@@ -20,7 +20,7 @@ def test_every_shipped_recipe_loads_and_reads_back_equal(name: str) -> None:
 def test_recipes_of_the_pairs_are_all_there() -> None:
     pairs = {"r32x4_r8x4", "r56_r20", "r110_r32", "wrn40_2_wrn16_2", "vgg13_vgg8"}
     expected = {f"{data}_{pair}" for data in ("cifar10", "cifar100") for pair in pairs}
-    assert set(config.recipe_names()) == expected | {"digits", "clothing_r34_r18", "imagenet_r34_r18"}
+    assert set(config.recipe_names()) == expected | {"digits", "digits_few", "clothing_r34_r18", "imagenet_r34_r18"}
 
 
 def test_a_base_that_leads_back_is_one_line(tmp_path: Path) -> None:
