@@ -20,6 +20,7 @@ from bdkd_dist.records.wording import fixed, percent
 NUM_SEEDS = 5
 """Of a row that is complete; another number is told."""
 CONTROL, BASE, OWN = "dml", "ce", "bdkd"
+RIVALS_IN_ECE = ("dml", "kdcl", "switokd", "focal", "mdca", "ce_smooth")
 MIXING = ("data.augment.mixup_alpha", "data.augment.cutmix_alpha")
 DRAWS, DRAWS_AT_ONCE, QUANTILE = 1000, 50, 0.95
 LEAST_GAIN, MOST_NLL_RATIO = 0.02, 0.65
@@ -238,9 +239,16 @@ def goals(rows: Sequence[Measured]) -> str:
             teachers[0] >= teachers[1],
             f"teacher's top-1 {percent(teachers[0])} %, at least `{BASE}`'s, {percent(teachers[1])} %",
         ),
+        *(_is_not_above(own, named[rival]) for rival in RIVALS_IN_ECE if rival in named),
     ]
     lines = [f"- {'met' if met else 'missed'}: {what}" for met, what in judged]
     return "\n".join([f"**Goals** of `{OWN}`, means over seeds:\n", *lines])
+
+
+def _is_not_above(own: Measured, rival: Measured) -> tuple[bool, str]:
+    """Say whether a row's ECE is at most a rival's."""
+    ece, of_rival = own.mean("ece"), rival.mean("ece")
+    return ece <= of_rival, f"ECE {percent(ece)} %, at most `{rival.name}`'s, {percent(of_rival)} %"
 
 
 def _is_best(rows: Sequence[Measured], own: Measured, metric: str, label: str) -> tuple[bool, str]:

@@ -95,13 +95,14 @@ def verdicts(*rows: Any) -> list[str]:
         ({"nll": 0.93}, [2, 3, 4]),  # dml's is 0.9
         ({"brier": 0.43}, [5]),  # dml's is 0.42
         ({"teacher": 0.69}, [6]),
+        ({"ece": 0.11}, [0, 7]),  # dml's is 0.1
     ],
 )
 def test_goals_are_computed(own: dict[str, float], missed: list[int]) -> None:
     mixed = five("ce_mixup", nll=0.5, brier=0.1, mixup=0.2)  # does not count among the lowest
     rows = [five("ce", **BASE), mixed, five("dml", nll=0.9, brier=0.42), five("bdkd", **GOOD | own)]
     assert [n for n, said in enumerate(verdicts(*rows)) if said == "missed"] == missed
-    assert len(verdicts(*rows)) == 7
+    assert len(verdicts(*rows)) == 8
 
 
 def test_an_ece_at_its_own_floor_meets_the_goal_where_recalibration_is_lower() -> None:
