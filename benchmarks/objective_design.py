@@ -207,7 +207,7 @@ def report(measured: dict[str, dict[str, float]]) -> str:
     words = ", ".join(f"{letter} = {word}" for letter, word in GENERATORS.items())
     factors = [(letter, of.title, str(of.low), str(of.high)) for letter, of in FACTORS.items()]
     said = [
-        f"**BD-KD's constants on two levels**; {SCALE.title}, but {EPOCHS}; judged on validation images alone",
+        f"**BD-KD's constants on two levels**; {SCALE.title}, here {EPOCHS} of them; judged on validation images alone",
         table(("factor", "", "low", "high"), factors),
         f"2^({len(FACTORS)}-{len(GENERATORS)}) design of resolution IV; generators: {words}.",
         table(("run", *FACTORS, *RESPONSES), run_lines(measured)),
