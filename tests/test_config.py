@@ -7,7 +7,7 @@ import yaml
 
 from bdkd_dist import config
 from bdkd_dist.errors import UserError
-from bdkd_dist.objectives import ParameterSchedule
+from bdkd_dist.objectives import BDKD, DML, ParameterSchedule
 
 
 @pytest.mark.parametrize("name", config.recipe_names())
@@ -115,6 +115,10 @@ def test_changing_the_objective_drops_the_former_ones_parameters(tmp_path: Path)
     path.write_text(config.load("digits", ["objective.nu_reverse=3"]).to_yaml())
     assert config.load(str(path)).objective.nu_reverse == 3
     assert config.load(str(path), ["objective.name=dml"]).objective.name == "dml"
+    other = tmp_path / "other.yaml"
+    other.write_text(f"base: {path}\nobjective: {{name: dml}}")
+    assert config.load(str(other)).objective == DML()
+    assert config.load(str(other), ["objective.name=bdkd"]).objective == BDKD()
 
 
 @pytest.mark.parametrize(

@@ -47,10 +47,9 @@ def replace(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
 
 def _replaced(tree: dict[str, Any], changes: Iterable[tuple[str, Any]]) -> Recipe:
     pairs = list(changes)
-    objective = tree.get("objective")
     chosen = next((value for key, value in reversed(pairs) if key == "objective.name"), None)
-    if chosen is not None and isinstance(objective, dict) and objective.get("name", "bdkd") != chosen:
-        tree["objective"] = {"name": chosen}
+    if chosen is not None:
+        tree = _merged(tree, {"objective": {"name": chosen}})
     for key, value in pairs:
         if key.startswith("objective.") and key.count(".") > 1:
             _make_schedule(tree, key)
@@ -150,8 +149,16 @@ def _read(recipe: str, above: tuple[str, ...] = ()) -> dict[str, Any]:
 
 
 def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """Return ``below`` with the keys of ``above`` put over it, section by section."""
+    """Return ``below`` with the keys of ``above`` put over it, section by section.
+
+    An objective of another name takes none of the former one's parameters.
+    """
     merged = dict(below)
+    former, chosen = below.get("objective"), above.get("objective")
+    if isinstance(former, dict) and isinstance(chosen, dict):
+        name = former.get("name", "bdkd")
+        if chosen.get("name", name) != name:
+            merged["objective"] = {}
     for key, value in above.items():
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
         merged[key] = _merged(merged[key], value) if both else value
